@@ -83,7 +83,7 @@ def test_golden_numbers():
     expected = {k: list(v) for k, v in expected.items()}
     assert len(expected) == 20
     for s in (1, 2, 3):
-        got = dict(zip(trqam.METRICS, agent.update(*golden_inputs(s)).tolist(), strict=True))
+        got = {k: float(v) for k, v in agent.update(*golden_inputs(s)).items()}
         got["dual"] = float(agent.dual)
         for name in ("flow", "base", "policy", "critic", "target_critic"):
             flat = torch.cat([p.detach().flatten() for p in getattr(agent, name).parameters()])

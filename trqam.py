@@ -39,8 +39,8 @@ import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,11 +55,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
-
-try:
-    import fcntl  # several runs that start at once share one data collection
-except ImportError:  # Windows: each collects, and the result is the same file
-    fcntl = None
 
 # ======================================================================================= settings
 
@@ -76,6 +71,7 @@ SCALES = dict(  # paper: the published sizes and steps; laptop: what 2 cores fin
     | dict(transitions=1_000_000),
     laptop=dict(critics=10, flow_steps=5, batch=128, lr=6e-4, pretrain_lr=1e-3, tau=0.01)
     | dict(pretrain_decay=True, pretrain_steps=30_000, offline_steps=10_000, width=256)
+    | dict(kl_budget=0.5)
     | dict(eval_interval=2_500, eval_episodes=10, log_interval=250, save_interval=500)
     | dict(transitions=300_000),
 )
@@ -135,13 +131,13 @@ class Config:
     save_interval: int | None = None  # updates between checkpoints
 
 
-WHERE = (
-    "resume eval_only video benchmark device run_dir dataset_dir cache_dir workers final_episodes"
+WHERE = "resume eval_only video benchmark device run_dir dataset_dir cache_dir workers"
+WHERE = (*WHERE.split(), "final_episodes")  # say where and how to run: may change on --resume
+RANGES = dict(task=(1, 5), flow_steps=(2, 1000), transitions=(1000, 10**9), rho=(0, 100))
+RANGES |= dict.fromkeys(("kl_budget", "fixed_lambda"), (1e-6, 1e6))
+RANGES |= dict.fromkeys(
+    "seed data_seed offline_steps online_steps online_start".split(), (0, 2**62)
 )
-RANGES = dict(task=(1, 5), rho=(0, 100), kl_budget=(1e-6, 1e6), fixed_lambda=(1e-6, 1e6))
-RANGES |= dict(flow_steps=(2, 1000), transitions=(1000, 10**9), final_episodes=(2, 10**6))
-RANGES |= dict.fromkeys(("seed", "data_seed", "offline_steps", "online_steps"), (0, 2**62))
-RANGES |= dict(online_start=(0, 2**62), lr=(1e-9, 1), pretrain_lr=(1e-9, 1))
 
 
 class Failure(Exception):
@@ -397,8 +393,6 @@ def dual_step(
 # ========================================================================================== agent
 
 LAMBDA_SCALE = 3.0  # λ = 3 ℓ (authors' code)
-METRICS = "q_mean critic_loss flow_loss matching_loss path_kl target_kl adj_mean adj_max grad_norm"
-METRICS = (*METRICS.split(), "lam", "kl_ema")
 
 
 class Agent(nn.Module):
@@ -445,11 +439,11 @@ class Agent(nn.Module):
 
     def pretrain_update(
         self, batch: dict[str, Tensor], noise: dict[str, Tensor], lr: float
-    ) -> Tensor:
-        """One step of behaviour cloning of the base flow."""
+    ) -> dict:
+        """One step of behaviour cloning of the base flow; returns metrics, on the device."""
         v, self.optimizer.param_groups[0]["lr"] = partial(self.flow, batch["obs"]), lr
         loss = flow_matching_loss(v, noise["x_flow"], batch["actions"], noise["t_flow"])
-        return self._metrics(flow_loss=loss, grad_norm=self._descend(loss, []))
+        return dict(flow_loss=loss.detach(), grad_norm=self._descend(loss, []))
 
     def finish_pretraining(self) -> None:
         """The Polyak copy of the base flow and v_ft start from the pretrained flow."""
@@ -457,8 +451,8 @@ class Agent(nn.Module):
         self.policy.load_state_dict(self.flow.state_dict())
         self.reset_optimizer()
 
-    def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor]) -> Tensor:
-        """One TRQAM update by `draw_noise`'s numbers; returns the METRICS, on the device.
+    def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor]) -> dict:
+        """One TRQAM update by `draw_noise`'s numbers; returns metrics, on the device.
 
         batch: obs, next_obs (B, S), actions (B, D), rewards (discounted sums) and masks (B,).
         """
@@ -493,11 +487,10 @@ class Agent(nn.Module):
         if cfg.fixed_lambda is None:
             self.kl_ema, self.dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
         losses = dict(critic_loss=critic_loss, flow_loss=flow_loss, matching_loss=matching_loss)
-        losses |= dict(
-            q_mean=q.mean(), path_kl=kl, target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk
-        )
-        losses |= dict(adj_mean=terminal.abs().mean(), adj_max=terminal.abs().max())
-        return self._metrics(**losses, grad_norm=grad_norm, lam=self.lam, kl_ema=self.kl_ema)
+        metrics = {k: v.detach() for k, v in losses.items()} | dict(q_mean=q.detach().mean())
+        metrics |= dict(path_kl=kl, target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk)
+        metrics |= dict(adj_mean=terminal.abs().mean(), adj_max=terminal.abs().max())
+        return metrics | dict(grad_norm=grad_norm, lam=self.lam, kl_ema=self.kl_ema)
 
     def _descend(self, loss: Tensor, copies: list[tuple[nn.Module, nn.Module]]) -> Tensor:
         """Joint clip at norm 1; Polyak with the parameters from before Adam (authors' code); Adam."""
@@ -510,9 +503,6 @@ class Agent(nn.Module):
                 torch._foreach_lerp_(*pair, self.cfg.tau)
         self.optimizer.step()
         return grad_norm
-
-    def _metrics(self, **values: Tensor) -> Tensor:
-        return torch.stack([values.get(k, self.dual * 0).detach() for k in METRICS])
 
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action chunk (H, A) in [-1, 1] for an observation (S,), by the ODE of v_ft.
@@ -604,44 +594,35 @@ def collect(cfg: Config, domain: str) -> Path:
     episodes, folder = math.ceil(cfg.transitions / 1000), Path(cfg.cache_dir).expanduser()
     path = folder / f"{domain}-play-scripted-v1-seed{cfg.data_seed}-{episodes}k.npz"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        if fcntl and not path.exists():
-            say(f"{path} is not there yet: collecting it, or waiting for the run that does")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        held_out = path.with_name(f"{path.stem}-val.npz")
-        for split, n, file in ((1, math.ceil(episodes / 20), held_out), (0, episodes, path)):
-            if path.exists():  # it is written last
-                break
-            context, processes = mp.get_context("spawn"), cfg.workers or os.cpu_count()
-            with ProcessPoolExecutor(processes, context, start_worker) as pool:
-                job = partial(pool.submit, collect_episode, domain, cfg.data_seed, split)
-                jobs, parts = [job(i) for i in range(n)], []
-                try:
-                    for job in tqdm(jobs, f"collecting {file.stem}", unit="k steps", mininterval=1):
-                        parts.append(job.result())
-                        check_signals()
-                finally:
-                    pool.shutdown(cancel_futures=True)
-            merged = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-            write_atomically(file, partial(np.savez, **merged))
+    held_out = path.with_name(f"{path.stem}-val.npz")
+    for split, n, file in ((1, math.ceil(episodes / 20), held_out), (0, episodes, path)):
+        if path.exists():  # it is written last
+            break
+        context, processes = mp.get_context("spawn"), cfg.workers or os.cpu_count()
+        with ProcessPoolExecutor(processes, context, start_worker) as pool:
+            submit = partial(pool.submit, collect_episode, domain, cfg.data_seed, split)
+            jobs, parts = [submit(i) for i in range(n)], []
+            try:
+                for job in tqdm(jobs, f"collecting {file.stem}", unit="k steps", mininterval=1):
+                    check_signals()
+                    parts.append(job.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+        merged = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        write_atomically(file, lambda f, merged=merged: np.savez(f, **merged))
     return path
 
 
-def reach(url: str, seconds: float = 10) -> str:
-    """'' if the host offers this file, else what is wrong, within so many seconds."""
-    found = [f"no answer within {seconds:g} s"]
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
-            found.append("")
-        except (OSError, ValueError) as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=ask, daemon=True)  # looking a name up knows no time-out
-    thread.start()
-    thread.join(seconds)
-    return found[-1]
+def unreachable(url: str, seconds: float = 10) -> str:
+    """What keeps this file from being downloaded, found out within so many seconds; '' if nothing."""
+    request, pool = urllib.request.Request(url, method="HEAD"), ThreadPoolExecutor(1)
+    try:  # in a thread, as looking up a name knows no time-out
+        pool.submit(urllib.request.urlopen, request, timeout=seconds).result(seconds).close()
+        return ""
+    except (OSError, ValueError, TimeoutError) as error:
+        return str(error) or f"no answer within {seconds:g} s"
+    finally:
+        pool.shutdown(wait=False)
 
 
 def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
@@ -652,21 +633,14 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     name, scripted = re.sub(r"-singletask-task\d", "", cfg.env), cfg.data == "scripted"
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
     path, held_out = folder / f"{name}.npz", folder / f"{name}-val.npz"
-    wanted, can = f"put {path.name} and {held_out.name} into {folder}", f"{domain}-play-v0" == name
-    can = can and domain in HAND
+    wanted = f"put {path.name} and {held_out.name} into {folder} (--dataset-dir)"
+    can = domain in HAND and name == f"{domain}-play-v0"
     if not scripted and not (path.exists() and held_out.exists()):
         url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
         say(f"{path} is not there; trying {url}")
-        if problem := reach(url):
-            expect(
-                can and cfg.data == "auto",
-                f"the dataset {name}.npz",
-                problem,
-                f"{wanted} (--dataset-dir)",
-            )
-            say(
-                f"{problem}; collecting data with OGBench's scripted oracles instead (--data scripted)"
-            )
+        if problem := unreachable(url):
+            expect(can and cfg.data == "auto", f"the dataset {name}.npz", problem, wanted)
+            say(f"{problem}\ncollecting data with OGBench's scripted oracles (--data scripted)")
             scripted = True
         else:
             ogbench.download_datasets([name], str(folder))
@@ -676,9 +650,8 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     try:
         env, *sets = ogbench.make_env_and_datasets(cfg.env, dataset_path=str(path))
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise Failure(
-            f"expected a dataset, got a damaged {path} ({error}); delete it and start again"
-        ) from error
+        text = f"expected a dataset, got a damaged {path} ({error}); delete it and start again"
+        raise Failure(text) from error
     digest, shapes = hashlib.sha256(), dict(rewards=(), masks=(), terminals=())
     shapes |= dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
     for data in sets:
@@ -708,51 +681,40 @@ def chunk_starts(terminals: np.ndarray, H: int) -> np.ndarray:
 
 
 class ReplayBuffer:
-    """Transitions, and the chunks they form, on the device: the dataset, then what comes online."""
+    """Transitions, and the chunks they form, on the device: the dataset, then episodes from online."""
 
-    def __init__(self, data: dict, cfg: Config, room: int = 0):
-        self.size = self.first = self.episode_start = len(data["rewards"])
-        starts = torch.from_numpy(chunk_starts(data["terminals"], cfg.chunk))
-        self.chunks = self.first_chunk = len(starts)
-        self.starts = F.pad(starts, (0, room)).to(cfg.device)
-        self.arrays = {}
-        for k in ("observations", "next_observations", "actions", "rewards", "masks"):
-            array = torch.from_numpy(np.asarray(data[k], np.float32))
-            array = array.clamp(-1 + 1e-5, 1 - 1e-5) if k == "actions" else array
-            self.arrays[k] = torch.cat([array, torch.zeros(room, *array.shape[1:])]).to(cfg.device)
+    KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
+
+    def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
+        self.arrays = {k: torch.tensor(data[k], device=cfg.device).float()[:0] for k in self.KEYS}
+        self.starts = self.offsets[:0]
+        self.add(data)
+        self.first = len(self.arrays["rewards"])
+
+    def add(self, data: dict) -> None:
+        """Append whole episodes of transitions: KEYS, (N, …) each."""
+        starts = chunk_starts(np.asarray(data["terminals"]), len(self.offsets))
+        starts = torch.from_numpy(starts).to(self.starts) + len(self.arrays["rewards"])
+        self.starts = torch.cat([self.starts, starts])
+        for k, array in self.arrays.items():
+            new = torch.as_tensor(np.asarray(data[k])).to(array)
+            new = new.clamp(-1 + 1e-5, 1 - 1e-5) if k == "actions" else new
+            self.arrays[k] = torch.cat([array, new])
 
     def sample(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """B chunks: obs, next_obs (B, S), actions (B, D), rewards Σ γ^i r_i and masks (B,)."""
-        pick = torch.randint(self.chunks, (B,), generator=generator, device=generator.device)
+        pick = torch.randint(len(self.starts), (B,), generator=generator, device=generator.device)
         steps = self.starts[pick][:, None] + self.offsets
-        obs, next_obs, actions, rewards, masks = self.arrays.values()
+        obs, next_obs, actions, rewards, masks, _ = self.arrays.values()
         batch = dict(obs=obs[steps[:, 0]], next_obs=next_obs[steps[:, -1]])
         batch |= dict(actions=actions[steps].flatten(1), masks=masks[steps].amin(1))
         return batch | dict(rewards=(rewards[steps] * self.discounts).sum(1))
 
-    def add(self, done: bool, *transition) -> None:
-        """Append (obs, next_obs, action, reward, mask); `done` ends the episode."""
-        for array, value in zip(self.arrays.values(), transition, strict=True):
-            array[self.size] = torch.as_tensor(value).to(array)
-        self.size += 1
-        if self.size - self.episode_start >= len(self.offsets):
-            self.starts[self.chunks] = self.size - len(self.offsets)
-            self.chunks += 1
-        self.episode_start = self.size if done else self.episode_start
-
-    def state_dict(self) -> dict:
-        """What came online, at an episode's end; the dataset is loaded anew."""
-        new = {k: v[self.first : self.size].clone() for k, v in self.arrays.items()}
-        return new | dict(starts=self.starts[self.first_chunk : self.chunks].clone())
-
-    def load_state_dict(self, state: dict) -> None:
-        self.size = self.episode_start = self.first + len(state["rewards"])
-        self.chunks = self.first_chunk + len(state["starts"])
-        self.starts[self.first_chunk : self.chunks] = state["starts"]
-        for k, array in self.arrays.items():
-            array[self.first : self.size] = state[k]
+    def online(self) -> dict[str, Tensor]:
+        """What came after the dataset."""
+        return {k: v[self.first :].clone() for k, v in self.arrays.items()}
 
 
 # ===================================================================================== evaluation
@@ -765,26 +727,38 @@ def make_env(cfg: Config, **options) -> gymnasium.Env:
     return gymnasium.make(re.sub(rf"-({KINDS})-singletask", "-singletask", cfg.env), **options)
 
 
+def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
+    """Play an episode, chunks open loop, start and policy noise seeded by the key.
+
+    Yields (obs, next_obs, action, reward, mask, done), mask 0 where it was solved, and the info.
+    """
+    seed = seed_of(agent.cfg.seed, *key)
+    np.random.seed(seed)
+    generator, (obs, _), done = torch.Generator().manual_seed(seed), env.reset(seed=seed), False
+    while not done:
+        for action in agent.act(obs, generator):
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            yield (obs, next_obs, action, float(reward), 1.0 - terminated, done), info
+            obs = next_obs
+            if done:
+                break
+
+
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int, frames=None) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length."""
     results = []
-    for episode in range(episodes):
-        seed = seed_of(agent.cfg.seed, stream, episode)
-        np.random.seed(seed)
-        generator, (obs, _) = torch.Generator().manual_seed(seed), env.reset(seed=seed)
-        done, total, length, queue = False, 0.0, 0, []
-        while not done:
+    for i in range(episodes):
+        rewards = []
+        for (*_, reward, _, _), info in play(agent, env, stream, i):  # noqa: B007
             check_signals()
-            queue = queue or list(agent.act(obs, generator))
-            obs, reward, terminated, truncated, info = env.step(queue.pop(0))
-            done, total, length = terminated or truncated, total + float(reward), length + 1
-            if frames is not None and length % 2:
+            rewards.append(reward)
+            if frames is not None and len(rewards) % 2:
                 frames.append(env.render())
-        results.append((float(info["success"]), total, length))
-    success, mean_return, mean_length = np.mean(results, 0).tolist()
-    stderr = float(np.std(results, 0, ddof=1)[0]) / math.sqrt(episodes)
-    means = dict(mean_return=mean_return, mean_length=mean_length)
-    return dict(success=success, stderr=stderr, episodes=episodes) | means
+        results.append((float(info["success"]), sum(rewards), len(rewards)))
+    mean, std = np.mean(results, 0).tolist(), np.std(results, 0, ddof=min(episodes - 1, 1))
+    row = dict(success=mean[0], stderr=float(std[0]) / math.sqrt(episodes), episodes=episodes)
+    return row | dict(mean_return=mean[1], mean_length=mean[2])
 
 
 def percent(r: dict) -> str:
@@ -804,21 +778,22 @@ def render_video(agent: Agent, path: Path) -> None:
     say(f"video: {path}")
 
 
-def benchmark(cfg: Config, repeats: int = 9) -> tuple[float, float]:
+def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
     """Median seconds of a pretraining and of a TRQAM update, on zeros of the right sizes."""
     env, gen = make_env(cfg), torch.Generator(cfg.device).manual_seed(0)
     dims = env.observation_space.shape[0], env.action_space.shape[0]
     agent, zeros = Agent(cfg, *dims), partial(torch.zeros, cfg.batch, device=cfg.device)
     batch = dict(obs=zeros(dims[0]), next_obs=zeros(dims[0]), actions=zeros(agent.D))
-    medians = []
-    for update in (partial(agent.pretrain_update, lr=cfg.lr), agent.update):
-        times = [time.perf_counter()]
-        for _ in range(repeats + 2):  # two to warm up; reading the metrics waits for the device
-            noise = agent.draw_noise(cfg.batch, gen)
-            update(batch | dict(rewards=zeros(), masks=zeros()), noise).tolist()
-            times.append(time.perf_counter())
-        medians.append(float(np.median(np.diff(times)[2:])))
-    return medians[0], medians[1]
+    batch |= dict(rewards=zeros(), masks=zeros())
+    times: list[list[float]] = [[], []]
+    for out, update in zip(
+        times, (partial(agent.pretrain_update, lr=0.0), agent.update), strict=True
+    ):
+        for _ in range(repeats + 2):  # two to warm up
+            start = time.perf_counter()
+            update(batch, agent.draw_noise(cfg.batch, gen))["grad_norm"].item()  # waits
+            out.append(time.perf_counter() - start)
+    return [float(np.median(out[2:])) for out in times]
 
 
 # ==================================================================================== bookkeeping
@@ -845,13 +820,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds / 3600)}:{int(seconds / 60) % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def write_atomically(path: Path, write: Callable) -> None:
     """Whenever the process dies, `path` is the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as f:
         write(f)
         f.flush()
@@ -860,9 +831,9 @@ def write_atomically(path: Path, write: Callable) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    lines = [[f"{v:.8g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    text = "".join(",".join(line) + "\n" for line in [list(rows[0]), *lines]) if rows else ""
-    write_atomically(path, lambda f: f.write(text.encode()))
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    lines = [",".join(keys)] + [",".join(str(row.get(k, "")) for k in keys) for row in rows]
+    write_atomically(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -888,170 +859,158 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.folder, saved = cfg, Path(cfg.run_dir), None
-        self.checkpoint = self.folder / "checkpoint.pt"
+        self.checkpoint, device = self.folder / "checkpoint.pt", cfg.device
         if self.checkpoint.exists():
             todo = "go on with --resume, or use another --run-dir"
             expect(cfg.resume, "a new folder", f"a run in {self.folder}", todo, 2)
             saved = load_checkpoint(self.checkpoint)
-            old = {k: v for k, v in saved["config"].items() if k not in WHERE.split()}
-            changed = [
-                f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v
-            ]
-            expect(
-                not changed, "the run's settings", "; ".join(changed), "use another --run-dir", 2
-            )
+            old = {k: v for k, v in saved["config"].items() if k not in WHERE}
+            new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
+            expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.json", lambda f: f.write(b"{}"))  # or fail right now
+        write_atomically(self.folder / "config.json", lambda f: f.write(b"{}"))  # or fail now
         self.env, train, held_out, data = load_data(cfg)
-        self.buffer = ReplayBuffer(train, cfg, room=cfg.online_steps)
+        self.buffer = ReplayBuffer(train, cfg)
         self.dims = train["observations"].shape[1], train["actions"].shape[1]
         self.agent = Agent(cfg, *self.dims)
-        fixed = torch.Generator(cfg.device).manual_seed(0)  # held-out batch and noise never change
+        fixed = torch.Generator(device).manual_seed(0)  # held-out batch and noise never change
         self.held_out = ReplayBuffer(held_out, cfg).sample(8192, fixed)
         self.held_out |= self.agent.draw_noise(8192, fixed)
-        self.generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
-        self.act_generator = torch.Generator().manual_seed(seed_of(cfg.seed, ONLINE))
-        self.online_env, self.obs, self.queue = None, None, []  # obs: None between online episodes
-        ends = itertools.accumulate((cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps))
-        self.ends = dict(zip(("pretrain", "offline", "online"), ends, strict=True))
-        # the state that is saved; sums are of the metrics over the updates since the last row
-        self.state = dict(step=0, seconds=0.0, episodes=0, updates=0, train=[], eval=[], data=data)
-        self.sums = torch.zeros(len(METRICS), device=cfg.device)
+        self.generator = torch.Generator(device).manual_seed(cfg.seed)  # of batches and updates
+        # the state beside agent, buffer and generator: sums are of metrics since the last row
+        self.state = dict(step=0, seconds=0.0, episodes=0, updates=0, sums={}, train=[], eval=[])
         if saved:
-            same = saved["state"]["data"]["sha256"] == data["sha256"]
-            expect(same, f"the run's data {saved['state']['data']}", data)
-            for k in ("agent", "buffer"):
-                getattr(self, k).load_state_dict(saved[k])
+            expect(
+                saved["data"] == data["sha256"], "the run's data", f"other data in {data['path']}"
+            )
+            self.state = saved["state"]
+            self.state["sums"] = {k: v.to(device) for k, v in self.state["sums"].items()}
+            self.agent.load_state_dict(saved["agent"])
             self.agent.optimizer.load_state_dict(saved["optimizer"])
             self.generator.set_state(saved["generator"])
-            self.act_generator.set_state(saved["act_generator"])
-            self.state, self.sums = saved["state"], saved["sums"].to(cfg.device)
+            if len(saved["online"]["rewards"]):
+                self.buffer.add(saved["online"])
             say(f"resuming at step {self.state['step']}")
         names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
-        about = dict(versions={k: importlib.metadata.version(k) for k in names}, data=data)
-        about |= dict(python=sys.version, device_name=device_name(cfg.device), command=sys.argv)
+        about = dict(data=data, versions={k: importlib.metadata.version(k) for k in names})
+        about |= dict(python=sys.version, device_name=device_name(device), command=sys.argv)
         text = json.dumps(asdict(cfg) | about, indent=1)
         write_atomically(self.folder / "config.json", lambda f: f.write(text.encode()))
-        self.begin = time.monotonic() - self.state["seconds"]
+        self.sha256, self.begin = data["sha256"], time.monotonic() - self.state["seconds"]
         self.save()
 
     def save(self) -> None:
-        """Write checkpoint and CSVs, unless a parameter is not finite."""
+        """Write the checkpoint, unless a parameter is not finite."""
         finite = all(bool(x.isfinite().all()) for x in self.agent.state_dict().values())
-        where, self.state["seconds"] = f"step {self.state['step']}", time.monotonic() - self.begin
-        expect(
-            finite, f"finite parameters at {where}", "NaN or infinity", "the last checkpoint stands"
-        )
-        content = dict(format=FORMAT, config=asdict(self.cfg), dims=self.dims, state=self.state)
+        what, self.state["seconds"] = "finite parameters", time.monotonic() - self.begin
+        expect(finite, what, f"others at step {self.state['step']}; the last checkpoint stands")
+        content = dict(format=FORMAT, config=asdict(self.cfg), dims=self.dims, data=self.sha256)
         content |= dict(agent=self.agent.state_dict(), optimizer=self.agent.optimizer.state_dict())
-        content |= dict(buffer=self.buffer.state_dict(), sums=self.sums)
-        content |= dict(
-            generator=self.generator.get_state(), act_generator=self.act_generator.get_state()
-        )
+        content |= dict(state=self.state, generator=self.generator.get_state())
+        content |= dict(online=self.buffer.online())
         write_atomically(self.checkpoint, partial(torch.save, content))
 
     def train(self) -> None:
         """All phases in one loop; a step is an update, online an environment step and an update."""
-        cfg, ends, state, phase, due = self.cfg, self.ends, self.state, "", False
+        cfg, state, agent, phase, bar, due = self.cfg, self.state, self.agent, "", None, False
+        counts = dict(
+            pretrain=cfg.pretrain_steps, offline=cfg.offline_steps, online=cfg.online_steps
+        )
+        ends = dict(zip(counts, itertools.accumulate(counts.values()), strict=True))
+        online_env, episode, transitions = make_env(cfg) if cfg.online_steps else None, None, []
         while True:
-            since = state["step"] - ends["pretrain"]
-            if since >= 0 and (since % cfg.eval_interval == 0 or state["step"] in ends.values()):
-                self.evaluate()
-            if state["step"] == ends["online"]:
+            step = state["step"]
+            since, last = step - ends["pretrain"], step in ends.values()
+            if since >= 0 and (since % cfg.eval_interval == 0 or last):
+                self.evaluate(next(k for k in ends if step <= ends[k]), last)
+            if step == ends["online"]:
                 break
-            if phase != (phase := next(k for k in ends if state["step"] < ends[k])):
-                bar = tqdm(total=ends[phase], desc=phase, initial=state["step"], disable=None)
-                self.mark = time.monotonic(), state["step"]
-            if SIGNALS and self.obs is None:  # else the last online episode's checkpoint stands
+            if phase != (phase := next(k for k in ends if step < ends[k])):
+                bar = tqdm(total=ends[phase], desc=phase, initial=step, disable=None)
+                self.mark = time.monotonic(), step
+            if SIGNALS and not transitions:  # else the last online episode's checkpoint stands
                 self.save()
             check_signals()
             if phase == "online":
-                self.online_step()
-            if phase != "online" or state["step"] >= ends["offline"] + cfg.online_start:
+                episode = episode or play(agent, online_env, ONLINE, state["episodes"])
+                transitions.append(next(episode)[0])
+                if transitions[-1][-1]:  # done: the episode enters the buffer
+                    columns = zip(*transitions, strict=True)
+                    self.buffer.add(
+                        dict(zip(ReplayBuffer.KEYS, map(np.stack, columns), strict=True))
+                    )
+                    state["episodes"], episode, transitions = state["episodes"] + 1, None, []
+            if phase != "online" or step >= ends["offline"] + cfg.online_start:
                 batch = self.buffer.sample(cfg.batch, self.generator)
-                noise = self.agent.draw_noise(cfg.batch, self.generator)
+                noise = agent.draw_noise(cfg.batch, self.generator)
                 if phase == "pretrain":
-                    decay = (1 + math.cos(math.pi * state["step"] / cfg.pretrain_steps)) / 2
+                    decay = (1 + math.cos(math.pi * step / cfg.pretrain_steps)) / 2
                     lr = cfg.pretrain_lr * (decay if cfg.pretrain_decay else 1)
-                    self.sums += self.agent.pretrain_update(batch, noise, lr)
+                    metrics = agent.pretrain_update(batch, noise, lr)
                 else:
-                    self.sums += self.agent.update(batch, noise)
+                    metrics = agent.update(batch, noise)
+                state["sums"] = {k: v + state["sums"].get(k, 0) for k, v in metrics.items()}
                 state["updates"] += 1
-            state["step"] += 1
+            state["step"] = step = step + 1
             bar.update()
-            if state["step"] == ends["pretrain"]:
-                self.agent.finish_pretraining()
-            if state["step"] % cfg.log_interval == 0 or state["step"] in ends.values():
-                self.log(phase)
-            due |= state["step"] % cfg.save_interval == 0 or state["step"] in ends.values()
-            if due and self.obs is None:
+            if step == ends["pretrain"]:
+                agent.finish_pretraining()
+            if step % cfg.log_interval == 0 or step in ends.values():
+                self.log(phase, ends[phase])
+            due |= step % cfg.save_interval == 0 or step in ends.values()
+            if due and not transitions:
                 self.save()
                 due = False
         self.save()
-        lam, kl = float(self.agent.lam), float(self.agent.kl_ema)
-        say(f"\n{cfg.env}, seed {cfg.seed}, scale {cfg.scale}, {state['data']['source']} data")
+        lam, kl, spent = float(agent.lam), float(agent.kl_ema), clock(state["seconds"])
+        say(f"\n{cfg.env}, seed {cfg.seed}, scale {cfg.scale}: λ {lam:.3f}, KL/budget "
+            f"{kl:.2f}/{cfg.kl_budget:.2f}, wall-clock {spent}")  # fmt: skip
         for row in state["eval"]:
             if row["final"]:
                 name = (
                     "pretrained policy" if row["phase"] == "pretrain" else f"TRQAM {row['phase']}"
                 )
                 say(f"  {name:18s} {percent(row)}")
-        say(
-            f"  λ {lam:.3f}  KL/budget {kl:.2f}/{cfg.kl_budget:.2f}  time {clock(state['seconds'])}"
-        )
 
-    def online_step(self) -> None:
-        """One environment step; the actions of a chunk are executed open loop."""
-        if self.obs is None:
-            self.online_env = self.online_env or make_env(self.cfg)
-            seed = seed_of(self.cfg.seed, ONLINE, self.state["episodes"])
-            np.random.seed(seed)
-            (self.obs, _), self.queue = self.online_env.reset(seed=seed), []
-        self.queue = self.queue or list(self.agent.act(self.obs, self.act_generator))
-        action = self.queue.pop(0)
-        obs, reward, terminated, truncated, _ = self.online_env.step(action)
-        done = terminated or truncated
-        self.buffer.add(done, self.obs, obs, action, reward, 1.0 - terminated)
-        self.state["episodes"] += done
-        self.obs = None if done else obs
-
-    def log(self, phase: str) -> None:
+    def log(self, phase: str, end: int) -> None:
         """Read the averages since the last row; stop if one is not finite; write and say them."""
         cfg, state, now, step = self.cfg, self.state, time.monotonic(), self.state["step"]
-        means = (self.sums / max(state["updates"], 1)).tolist()
-        row = dict(step=step, phase=phase) | dict(zip(METRICS, means, strict=True))
+        row = {k: float(v) / state["updates"] for k, v in state["sums"].items()}
         where = f"finite means over the {state['updates']} updates before step {step}"
-        expect(all(map(math.isfinite, means)), where, row, f"{self.checkpoint} is from before")
+        expect(
+            all(map(math.isfinite, row.values())), where, row, f"{self.checkpoint} is from before"
+        )
         with torch.no_grad():
-            v, x_1, x_0 = partial(self.agent.flow, self.held_out["obs"]), "actions", "x_flow"
-            loss = flow_matching_loss(v, *(self.held_out[k] for k in (x_0, x_1, "t_flow")))
+            x_0, x_1, t = (self.held_out[k] for k in ("x_flow", "actions", "t_flow"))
+            loss = flow_matching_loss(partial(self.agent.flow, self.held_out["obs"]), x_0, x_1, t)
         row |= dict(held_out_loss=loss.item(), seconds=now - self.begin)
-        state["train"].append(row)
+        state["train"].append(dict(step=step, phase=phase) | row)
         write_csv(self.folder / "train.csv", state["train"])
         rate = (step - self.mark[1]) / (now - self.mark[0])
-        self.mark, left = (now, step), clock((self.ends[phase] - step) / rate)
-        text = f"{phase:8s} {step:>7d}/{self.ends['online']}  flow {row['flow_loss']:.3f}"
-        text += f" (held out {row['held_out_loss']:.4f})"
-        if phase != "pretrain":
-            text += f"  Q {row['q_mean']:7.2f}  critic {row['critic_loss']:7.3f}"
-            text += f"  match {row['matching_loss']:7.1f}"
-            text += f"  kl {row['path_kl']:.2f}/{cfg.kl_budget:.2f}  λ {row['lam']:.3f}"
-        say(f"{text}  {rate:.1f}/s  {left} left")
-        state["updates"], self.sums = 0, torch.zeros_like(self.sums)
+        text = f"{phase:8s} {step:>7d}/{end}  {rate:5.1f}/s  {clock((end - step) / rate)} left"
+        if "flow_loss" in row:
+            text += f"  flow {row['flow_loss']:.3f} (held out {row['held_out_loss']:.4f})"
+        if "lam" in row:
+            text += f"  Q {row['q_mean']:7.2f}  critic {row['critic_loss']:7.3f}  match "
+            text += f"{row['matching_loss']:7.1f}  kl {row['path_kl']:.2f}/{cfg.kl_budget:.2f}  λ {row['lam']:.3f}"
+        say(text)
+        self.mark, state["updates"], state["sums"] = (now, step), 0, {}
 
-    def evaluate(self) -> None:
+    def evaluate(self, phase: str, last: bool) -> None:
         """Periodic evaluation; at a phase's end the final one, on episodes of its own."""
-        cfg, step, last = self.cfg, self.state["step"], self.state["step"] in self.ends.values()
-        phase = next(k for k in self.ends if step <= self.ends[k])
+        cfg, rows, step = self.cfg, self.state["train"], self.state["step"]
         plan = (cfg.final_episodes, FINAL) if last else (cfg.eval_episodes, PERIODIC)
         row = dict(step=step, phase=phase, final=int(last)) | evaluate(self.agent, self.env, *plan)
         self.state["eval"].append(row)
         write_csv(self.folder / "eval.csv", self.state["eval"])
         say(f"evaluation at step {step}, after {phase}{' (final)' if last else ''}: {percent(row)}")
         if phase == "pretrain":
-            rows = self.state["train"][-len(self.state["train"]) // 5 - 1 :]
-            old, new = rows[0]["held_out_loss"], rows[-1]["held_out_loss"]
+            old, new = (rows[i]["held_out_loss"] for i in (-len(rows) // 5 - 1, -1))
             say(f"held-out flow-matching loss {new:.4f}, {new / old - 1:+.2%} over the last fifth")
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds / 3600)}:{int(seconds / 60) % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def device_name(device: str) -> str:
@@ -1064,14 +1023,11 @@ def run(given: Config) -> None:
     cfg = resolve(given)
     folder, where = Path(cfg.run_dir), f"{cfg.env}, seed {cfg.seed}, on {device_name(cfg.device)}"
     if cfg.benchmark:
-        cloning, trqam = benchmark(cfg)
         sizes = f"width {cfg.width}, {cfg.critics} critics, K {cfg.flow_steps}, batch {cfg.batch}"
-        say(
-            f"{where}, {sizes}: {cloning:.4f} s per pretraining update, {trqam:.4f} s per TRQAM update"
-        )
-        return
+        times = "pretraining {:.4f}, TRQAM {:.4f} seconds per update".format(*benchmark(cfg))
+        return say(f"{where}, {sizes}: {times}")
     if not cfg.eval_only:
-        say(f"{where} -> {folder}\nscale {cfg.scale}")
+        say(f"{where}, scale {cfg.scale} -> {folder}")
         if given.scale == "auto" and not cfg.resume:
             other = resolve(replace(given, scale="laptop" if cfg.scale == "paper" else "paper"))
             seconds = np.dot(benchmark(other, 3), (other.pretrain_steps, other.offline_steps))
@@ -1097,7 +1053,10 @@ def main() -> int:
         print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
     except (Failure, OSError) as error:
-        print(f"trqam.py: error: {error.args[0]}", file=sys.stderr)
+        print(
+            f"trqam.py: error: {error.args[0] if isinstance(error, Failure) else error}",
+            file=sys.stderr,
+        )
         return error.args[1] if isinstance(error, Failure) and len(error.args) > 1 else 1
     return 0
 
