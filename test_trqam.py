@@ -5,12 +5,30 @@ The theory is in test_theory.py. Nothing here touches the network. `pytest -q te
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import itertools
+import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import trqam
+
+TRQAM = [sys.executable, os.path.abspath(trqam.__file__)]
+settings.register_profile("trqam", derandomize=True, deadline=None, database=None)
+settings.load_profile("trqam")
 
 # ================================================================================ golden numbers
 # Three consecutive updates of a tiny agent in float64, computed with the authors' published code
@@ -90,3 +108,284 @@ def test_golden_numbers():
             got |= {f"{name}/l2": float(flat.norm()), f"{name}/sum": float(flat.sum())}
         for k, values in expected.items():
             assert got[k] == pytest.approx(values[s - 1], rel=1e-8, abs=0), (s, k)
+
+
+# ===================================================================================== settings
+
+
+def test_settings_come_from_domain_and_scale():
+    """Explicit flag > laptop scale > domain > paper; SPEC of the paper's table per domain."""
+    paper = trqam.resolve(trqam.Config(env="cube-triple", scale="paper", device="cpu"))
+    assert (paper.width, paper.flow_layer_norm, paper.chunk, paper.kl_budget) == (
+        1024,
+        True,
+        5,
+        0.5,
+    )
+    assert (paper.critics, paper.flow_steps, paper.batch, paper.lr, paper.tau) == (
+        10, 10, 256, 3e-4, 0.005)  # fmt: skip
+    assert (paper.pretrain_steps, paper.offline_steps) == (300_000, 1_000_000)
+    assert (paper.gamma, paper.rho) == (0.995, 0.5)
+    maze = trqam.resolve(trqam.Config(env="humanoidmaze-medium", scale="paper", device="cpu"))
+    assert (maze.chunk, maze.gamma, maze.rho, maze.kl_budget, maze.width) == (1, 0.999, 0, 0.5, 512)
+    giant = trqam.resolve(trqam.Config(env="antmaze-giant", scale="paper", device="cpu"))
+    assert (giant.width, giant.flow_layer_norm, giant.kl_budget) == (1024, True, 1.0)
+    laptop = trqam.resolve(trqam.Config(env="cube-triple", scale="laptop", width=64, device="cpu"))
+    assert (laptop.width, laptop.critics) == (64, 10)
+    assert laptop.run_dir == "runs/cube-triple-task2/seed0"
+
+
+@pytest.mark.parametrize("domain", [*trqam.HAND, *trqam.MAZE])
+def test_every_domain_names_an_environment_of_ogbench(domain):
+    """The short names, and the default tasks, are OGBench's."""
+    for task in range(1, 6):
+        cfg = trqam.resolve(trqam.Config(env=domain, task=task, device="cpu"))
+        assert cfg.env.endswith(f"-singletask-task{task}-v0")
+        gym_id = re.sub(rf"-({trqam.KINDS})-singletask", "-singletask", cfg.env)
+        assert gym_id in gymnasium.registry
+    full = trqam.resolve(trqam.Config(env=cfg.env, device="cpu"))
+    assert (full.env, full.task) == (cfg.env, 5)
+
+
+def test_default_tasks_are_those_of_ogbench():
+    for domain in ("cube-single", "scene", "puzzle-3x3", "puzzle-4x5", "pointmaze-medium"):
+        cfg = trqam.resolve(trqam.Config(env=domain, device="cpu"))
+        env = gymnasium.make(re.sub(rf"-({trqam.KINDS})-singletask.*", "-singletask-v0", cfg.env))
+        env.reset()
+        assert env.unwrapped._reward_task_id == cfg.task, domain
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(env="cube-singel"), "cube-single, cube-double"),
+        (dict(env="visual-cube-single-play-singletask-v0"), "one of"),
+        (dict(task=6), r"--task in \[1, 5\], got 6"),
+        (dict(env="cube-single-play-singletask-task2-v0", task=3), "as in --env, got 3"),
+        (dict(gamma=1.5), r"--gamma in \[0, 1\], got 1.5"),
+        (dict(kl_budget=0.0), "--kl-budget"),
+        (dict(kl_budget=math.nan), "--kl-budget"),
+        (dict(batch=0), "--batch"),
+        (dict(flow_steps=1), "--flow-steps"),
+        (dict(device="mps"), "a mps device, got none"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(trqam.Failure, match=message) as error:
+        trqam.resolve(trqam.Config(**wrong))
+    assert error.value.args[1] == 2
+
+
+def test_help_documents_every_flag():
+    """--help gives every flag a text before its default."""
+    text = subprocess.run([*TRQAM, "--help"], capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"[│╭╮╰╯─]", " ", text)
+    entries = dict(re.findall(r"^ *--([a-z-]+)(.*?)(?=^ *--|\Z)", text, re.M | re.S))
+    for field in dataclasses.fields(trqam.Config):
+        entry = entries[field.name.replace("_", "-")].split("(default")[0]
+        assert re.search(r"[a-z]+ .*[a-z]+", entry.split("}")[-1]), (field.name, entry)
+
+
+# =================================================================================== networks, data
+
+
+def test_ensemble_is_its_members():
+    """The batched ensemble computes what E separate MLPs compute."""
+    generator = torch.Generator().manual_seed(0)
+    many = trqam.MLP([5, 7, 7, 2], True, 3, generator)
+    x = torch.randn(4, 5, generator=generator)
+    out = many(x)
+    assert out.shape == (3, 4, 2)
+    for e in range(3):
+        one = trqam.MLP([5, 7, 7, 2], True)
+        for name in ("weights", "biases", "scales", "offsets"):
+            for a, b in zip(getattr(one, name), getattr(many, name), strict=True):
+                a.data = b.data[e].reshape(a.shape)
+        torch.testing.assert_close(one(x), out[e])
+    assert not torch.allclose(out[0], out[1])
+
+
+def toy_data(lengths, S=3, A=2, seed=0):
+    rng = np.random.default_rng(seed)
+    N = sum(lengths)
+    data = dict(observations=rng.normal(size=(N, S)), next_observations=rng.normal(size=(N, S)))
+    data |= dict(actions=rng.uniform(-1, 1, (N, A)), rewards=rng.normal(size=N))
+    data |= dict(masks=(rng.random(N) > 0.2) * 1.0, terminals=np.zeros(N))
+    data["terminals"][np.cumsum(lengths) - 1] = 1
+    return {k: v.astype(np.float32) for k, v in data.items()}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5))
+def test_chunks_never_cross_an_episode_end(lengths, H):
+    """chunk_starts gives every window of H steps inside an episode, and no other."""
+    ends = np.cumsum(lengths)
+    expected = [
+        i
+        for i in range(ends[-1])
+        if any(e - n <= i and i + H <= e for e, n in zip(ends, lengths, strict=True))
+    ]
+    assert trqam.chunk_starts(toy_data(lengths)["terminals"], H).tolist() == expected
+
+
+def test_replay_batches_are_chunks():
+    """obs, D = H·A actions, Σ γ^i r_i, min of the masks, and the observation after the chunk."""
+    lengths, H, gamma = [4, 7, 3], 3, 0.9
+    data = toy_data(lengths)
+    cfg = trqam.resolve(trqam.Config(chunk=H, gamma=gamma, device="cpu"))
+    buffer = trqam.ReplayBuffer(data, cfg)
+    later = toy_data([5], seed=1)
+    buffer.add(later)
+    data = {k: np.concatenate([data[k], later[k]]) for k in data}
+    batch = buffer.sample(500, torch.Generator().manual_seed(0))
+    seen = set()
+    for b in range(500):
+        i = int(np.flatnonzero((data["observations"] == batch["obs"][b].numpy()).all(1))[0])
+        seen.add(i)
+        window = slice(i, i + H)
+        assert data["terminals"][i : i + H - 1].sum() == 0
+        np.testing.assert_allclose(batch["actions"][b], data["actions"][window].ravel(), atol=2e-5)
+        reward = sum(gamma**j * r for j, r in enumerate(data["rewards"][window]))
+        np.testing.assert_allclose(batch["rewards"][b], reward, rtol=1e-5)
+        assert batch["masks"][b] == data["masks"][window].min()
+        np.testing.assert_array_equal(batch["next_obs"][b], data["next_observations"][i + H - 1])
+    assert seen == set(trqam.chunk_starts(data["terminals"], H).tolist())
+    assert len(buffer.online()["rewards"]) == 5
+
+
+# ======================================================================= runs, on a toy dataset
+
+TINY = dict(width=16, layers=2, critics=2, flow_steps=3, batch=8, pretrain_steps=20)
+TINY |= dict(offline_steps=20, log_interval=5, save_interval=7, eval_interval=10)
+TINY |= dict(eval_episodes=1, final_episodes=2, scale="laptop", device="cpu", data="ogbench")
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory):
+    """A folder with a small random dataset in OGBench's layout for cube-single."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder)
+    return folder
+
+
+def write_dataset(folder, episodes=3, length=51, **changes):
+    rng = np.random.default_rng(0)
+    N = episodes * length
+    arrays = dict(observations=rng.normal(size=(N, 28)), actions=rng.uniform(-1, 1, (N, 5)))
+    arrays |= dict(qpos=rng.normal(size=(N, 21)), qvel=rng.normal(size=(N, 20)))
+    arrays["qpos"][10:14, 14:17] = (0.5, 0.0, 0.02)  # task 2 solved
+    arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
+    arrays["terminals"] = np.arange(N) % length == length - 1
+    arrays |= changes
+    for name in ("cube-single-play-v0.npz", "cube-single-play-v0-val.npz"):
+        np.savez(folder / name, **{k: v for k, v in arrays.items() if v is not None})
+
+
+def command(run_dir, dataset_dir, *flags, **changes):
+    fields = TINY | dict(run_dir=run_dir, dataset_dir=dataset_dir) | changes
+    pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in fields.items()]
+    return [*TRQAM, *itertools.chain(*pairs), *flags]
+
+
+def call(run_dir, dataset_dir, *flags, code=0, **changes):
+    """Run trqam.py in a process of its own; returns its screen."""
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run(command(run_dir, dataset_dir, *flags, **changes), env=environment,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def contents(run_dir):
+    """All of a run that must be the same to the bit: weights, optimiser, state, CSVs but seconds."""
+    saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
+    saved["state"].pop("seconds")
+    for row in saved["state"]["train"]:
+        row.pop("seconds")
+    csvs = [(run_dir / f"{name}.csv").read_text().splitlines() for name in ("train", "eval")]
+    assert csvs[0][0].endswith(",seconds") or "seconds" in csvs[0][0].split(",")
+    column = csvs[0][0].split(",").index("seconds")
+    train = [",".join(x for i, x in enumerate(r.split(",")) if i != column) for r in csvs[0]]
+    for k in ("run_dir", "resume"):
+        saved["config"].pop(k)
+    return saved, train, csvs[1]
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b or (a != a and b != b)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, dataset_dir):
+    """An uninterrupted run with an online phase, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, call(folder, dataset_dir, online_steps=420, online_start=210)
+
+
+def test_run_end_to_end(finished):
+    """All phases run, are evaluated and logged, and the summary is printed."""
+    folder, screen = finished
+    train = list(csv.DictReader(open(folder / "train.csv")))
+    assert [int(r["step"]) for r in train] == list(range(5, 461, 5))
+    assert {r["phase"] for r in train} == {"pretrain", "offline", "online"}
+    row = train[7]  # the last offline one
+    assert all(math.isfinite(float(row[k])) for k in row if k not in ("phase",))
+    assert train[0]["lam"] == "" and float(row["lam"]) < 3
+    evals = list(csv.DictReader(open(folder / "eval.csv")))
+    assert [int(r["step"]) for r in evals if r["final"] == "1"] == [20, 40, 460]
+    assert [r["episodes"] for r in evals if r["final"] == "1"] == ["2"] * 3
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["source"] == "ogbench" and config["data"]["transitions"] == 150
+    assert config["data"]["solved"] == 4
+    assert config["versions"]["torch"] == torch.__version__
+    for text in ("pretrained policy", "TRQAM offline", "TRQAM online", "KL/budget", "± "):
+        assert text in screen
+    assert not list(folder.glob("*.tmp"))
+    saved = trqam.load_checkpoint(folder / "checkpoint.pt")
+    assert saved["state"]["episodes"] == 2 and len(saved["online"]["rewards"]) == 400
+
+
+def test_same_seed_same_numbers(finished, dataset_dir, tmp_path):
+    """Two runs agree to the bit; another seed does not."""
+    call(tmp_path / "b", dataset_dir, online_steps=420, online_start=210)
+    assert_same(contents(finished[0]), contents(tmp_path / "b"))
+    call(tmp_path / "c", dataset_dir, seed=1)
+    assert (tmp_path / "c" / "train.csv").read_text().split("\n")[1] != (
+        finished[0] / "train.csv").read_text().split("\n")[1]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_resume_is_exact(finished, dataset_dir, tmp_path, number):
+    """Killed again and again and resumed, a run ends as one that was never interrupted."""
+    changes = dict(online_steps=420, online_start=210)
+    rng = np.random.default_rng(int(number))
+    codes = []
+    for _ in range(8):
+        log = tmp_path / "train.csv"
+        before = log.read_text().count("\n") if log.exists() else 0
+        process = subprocess.Popen(command(tmp_path, dataset_dir, "--resume", **changes),
+                                   env=os.environ | dict(OMP_NUM_THREADS="1"),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        rows = before + int(rng.integers(1, 40))
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < rows):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(number)
+        codes.append(process.wait(60))
+        if codes[-1] == 0:
+            break
+    expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert expected in codes and set(codes) <= {0, expected}
+    if codes[-1] != 0:
+        call(tmp_path, dataset_dir, "--resume", **changes)
+    assert_same(contents(finished[0]), contents(tmp_path))

@@ -70,9 +70,9 @@ SCALES = dict(  # paper: the published sizes and steps; laptop: what 2 cores fin
     | dict(eval_interval=50_000, eval_episodes=50, log_interval=1_000, save_interval=10_000)
     | dict(transitions=1_000_000),
     laptop=dict(critics=10, flow_steps=5, batch=128, lr=6e-4, pretrain_lr=1e-3, tau=0.01)
-    | dict(pretrain_decay=True, pretrain_steps=30_000, offline_steps=10_000, width=256)
+    | dict(pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000, width=256)
     | dict(kl_budget=0.5)
-    | dict(eval_interval=2_500, eval_episodes=10, log_interval=250, save_interval=500)
+    | dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
     | dict(transitions=300_000),
 )
 
