@@ -5,6 +5,7 @@ The theory is in test_theory.py. Nothing here touches the network. `pytest -q te
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -12,10 +13,12 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -295,8 +298,12 @@ def call(run_dir, dataset_dir, *flags, code=0, **changes):
     return done.stdout + done.stderr
 
 
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def contents(run_dir):
-    """All of a run that must be the same to the bit: weights, optimiser, state, CSVs but seconds."""
+    """All of a run that must be the same to the bit: weights, optimiser, state, CSVs, no seconds."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
     saved["state"].pop("seconds")
     for row in saved["state"]["train"]:
@@ -335,18 +342,18 @@ def finished(tmp_path_factory, dataset_dir):
 def test_run_end_to_end(finished):
     """All phases run, are evaluated and logged, and the summary is printed."""
     folder, screen = finished
-    train = list(csv.DictReader(open(folder / "train.csv")))
+    train = read_csv(folder / "train.csv")
     assert [int(r["step"]) for r in train] == list(range(5, 461, 5))
     assert {r["phase"] for r in train} == {"pretrain", "offline", "online"}
     row = train[7]  # the last offline one
     assert all(math.isfinite(float(row[k])) for k in row if k not in ("phase",))
     assert train[0]["lam"] == "" and float(row["lam"]) < 3
-    evals = list(csv.DictReader(open(folder / "eval.csv")))
+    evals = read_csv(folder / "eval.csv")
     assert [int(r["step"]) for r in evals if r["final"] == "1"] == [20, 40, 460]
     assert [r["episodes"] for r in evals if r["final"] == "1"] == ["2"] * 3
     config = json.loads((folder / "config.json").read_text())
-    assert config["data"]["source"] == "ogbench" and config["data"]["transitions"] == 150
-    assert config["data"]["solved"] == 4
+    assert config["data_used"]["source"] == "ogbench" and config["data_used"]["transitions"] == 150
+    assert config["data_used"]["solved"] == 4
     assert config["versions"]["torch"] == torch.__version__
     for text in ("pretrained policy", "TRQAM offline", "TRQAM online", "KL/budget", "± "):
         assert text in screen
@@ -373,9 +380,9 @@ def test_resume_is_exact(finished, dataset_dir, tmp_path, number):
     for _ in range(8):
         log = tmp_path / "train.csv"
         before = log.read_text().count("\n") if log.exists() else 0
-        process = subprocess.Popen(command(tmp_path, dataset_dir, "--resume", **changes),
-                                   env=os.environ | dict(OMP_NUM_THREADS="1"),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        argv = command(tmp_path, dataset_dir, "--resume", **changes)
+        options = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, **options)
         rows = before + int(rng.integers(1, 40))
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") < rows):
             time.sleep(0.01)
@@ -389,3 +396,58 @@ def test_resume_is_exact(finished, dataset_dir, tmp_path, number):
     if codes[-1] != 0:
         call(tmp_path, dataset_dir, "--resume", **changes)
     assert_same(contents(finished[0]), contents(tmp_path))
+
+
+# ===================================================================================== the README
+
+README = Path(trqam.__file__).with_name("README.md").read_text()
+
+
+def snippet(marker):
+    return next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if marker in s)
+
+
+def test_readme_acts_with_a_trained_policy(finished):
+    """The README's three lines load a checkpoint and act; the same seed, the same chunk."""
+    code = snippet("Agent.load").replace("runs/cube-single-task2/seed0", str(finished[0]))
+    names = dict(obs=np.zeros(28))
+    exec(code, names)
+    assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
+    same = [names["agent"].act(np.zeros(28), torch.Generator().manual_seed(1)) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+
+
+def test_readme_lifts_the_mathematics():
+    """The README's ten lines run with a foreign flow policy, and pull it towards higher Q."""
+    torch.manual_seed(0)
+    B, D, K, H = 64, 4, 5, 2
+    net = torch.nn.Sequential(torch.nn.Linear(D + 1, 32), torch.nn.Tanh(), torch.nn.Linear(32, D))
+    toy_q = lambda x: -(x - 0.5).square().sum(-1)[None]  # noqa: E731
+    frozen = copy.deepcopy(net).requires_grad_(False)
+
+    def velocity(module):
+        return lambda x, t: module(torch.cat([x, t.expand(*x.shape[:-1], 1)], -1))
+
+    names = dict(torch=torch, B=B, D=D, K=K, H=H, v_fine=velocity(net), v_base=velocity(frozen))
+    names |= dict(
+        dual=torch.ones(()), kl_ema=torch.zeros(()), q=lambda x: -(x - 0.5).square().sum(-1)[None]
+    )
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    x_0 = torch.randn(512, D)
+    before = trqam.sample_flow(names["v_base"], x_0, K)
+    for _ in range(150):
+        optimizer.zero_grad()
+        exec(snippet("simulate_sde"), names)
+        optimizer.step()
+    after = trqam.sample_flow(names["v_fine"], x_0, K)
+    assert names["q"](after).mean() > names["q"](before).mean() + 0.1
+    assert all(p.grad is None for p in frozen.parameters())
+    assert names["dual"] < 1 and names["kl_ema"] > 0
+
+
+def test_file_runs_alone(tmp_path, dataset_dir):
+    """Copied alone into an empty folder, the file trains."""
+    shutil.copy(trqam.__file__, tmp_path / "trqam.py")
+    argv = [sys.executable, "trqam.py", *command(tmp_path / "run", dataset_dir)[2:]]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "TRQAM offline" in done.stdout, done.stderr

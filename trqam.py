@@ -46,6 +46,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
+
 import gymnasium
 import imageio
 import numpy as np
@@ -68,12 +71,11 @@ SCALES = dict(  # paper: the published sizes and steps; laptop: what 2 cores fin
     paper=dict(critics=10, flow_steps=10, batch=256, lr=3e-4, pretrain_lr=3e-4, tau=0.005)
     | dict(pretrain_decay=False, pretrain_steps=300_000, offline_steps=1_000_000)
     | dict(eval_interval=50_000, eval_episodes=50, log_interval=1_000, save_interval=10_000)
-    | dict(transitions=1_000_000),
+    | dict(transitions=1_000_000),  # kl_budget and the rest: per domain, in `resolve`
     laptop=dict(critics=10, flow_steps=5, batch=128, lr=6e-4, pretrain_lr=1e-3, tau=0.01)
     | dict(pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000, width=256)
-    | dict(kl_budget=0.5)
     | dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
-    | dict(transitions=300_000),
+    | dict(transitions=300_000, kl_budget=0.5),
 )
 
 
@@ -89,7 +91,7 @@ class Config:
     resume: bool = False  # go on from the run's checkpoint, if there is one
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
-    benchmark: bool = False  # only measure seconds per update and peak memory
+    benchmark: bool = False  # only measure the seconds per update
 
     # ogbench: the official dataset, downloaded if need be; scripted: collected here with OGBench's
     # oracles (cube, scene, puzzle); auto: the official one, scripted if its host can't be reached
@@ -135,9 +137,8 @@ WHERE = "resume eval_only video benchmark device run_dir dataset_dir cache_dir w
 WHERE = (*WHERE.split(), "final_episodes")  # say where and how to run: may change on --resume
 RANGES = dict(task=(1, 5), flow_steps=(2, 1000), transitions=(1000, 10**9), rho=(0, 100))
 RANGES |= dict.fromkeys(("kl_budget", "fixed_lambda"), (1e-6, 1e6))
-RANGES |= dict.fromkeys(
-    "seed data_seed offline_steps online_steps online_start".split(), (0, 2**62)
-)
+RANGES |= dict.fromkeys(("seed", "data_seed", "online_start"), (0, 2**62))
+RANGES |= dict.fromkeys(("offline_steps", "online_steps"), (0, 2**62))
 
 
 class Failure(Exception):
@@ -378,7 +379,7 @@ def dual_step(
     lr=0.01,
     rate=0.1,
     low=0.01,
-    high=100.0,
+    high=1e2,
 ) -> tuple[Tensor, Tensor]:
     """Projected dual descent (Eq. 9) on the raw multiplier ℓ, λ = 3 ℓ; scalars -> (D, ℓ).
 
@@ -399,7 +400,7 @@ class Agent(nn.Module):
     """Base flow, fine-tuned flow, critics and trust region, and one update of them all.
 
     `flow` is the base flow in training and `base`, v_base, its Polyak copy; `policy` is v_ft;
-    `target_critic` the Polyak copy of `critic`. λ, the KL average and all metrics stay on the device.
+    `target_critic` the Polyak copy of `critic`. λ, the KL average and metrics stay on the device.
     """
 
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
@@ -409,10 +410,8 @@ class Agent(nn.Module):
         n_in, hidden = obs_dim + self.D, [cfg.width] * cfg.layers
         self.flow = FlowPolicy([n_in + 1, *hidden, self.D], cfg.flow_layer_norm, generator=gen)
         self.critic = MLP([n_in, *hidden, 1], True, cfg.critics, gen)
-        self.base, self.policy = (
-            copy.deepcopy(self.flow).requires_grad_(False),
-            copy.deepcopy(self.flow),
-        )
+        self.base = copy.deepcopy(self.flow).requires_grad_(False)
+        self.policy = copy.deepcopy(self.flow)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("dual", torch.ones(()))  # ℓ
         self.register_buffer("kl_ema", torch.zeros(()))  # D
@@ -437,9 +436,7 @@ class Agent(nn.Module):
         noise["t_flow"] = torch.rand(B, 1, generator=generator, device=generator.device)
         return noise | dict(x_sde=draw(B, self.D), sde=draw(self.cfg.flow_steps, B, self.D))
 
-    def pretrain_update(
-        self, batch: dict[str, Tensor], noise: dict[str, Tensor], lr: float
-    ) -> dict:
+    def pretrain_update(self, batch: dict, noise: dict, lr: float) -> dict[str, Tensor]:
         """One step of behaviour cloning of the base flow; returns metrics, on the device."""
         v, self.optimizer.param_groups[0]["lr"] = partial(self.flow, batch["obs"]), lr
         loss = flow_matching_loss(v, noise["x_flow"], batch["actions"], noise["t_flow"])
@@ -451,7 +448,7 @@ class Agent(nn.Module):
         self.policy.load_state_dict(self.flow.state_dict())
         self.reset_optimizer()
 
-    def update(self, batch: dict[str, Tensor], noise: dict[str, Tensor]) -> dict:
+    def update(self, batch: dict, noise: dict) -> dict[str, Tensor]:
         """One TRQAM update by `draw_noise`'s numbers; returns metrics, on the device.
 
         batch: obs, next_obs (B, S), actions (B, D), rewards (discounted sums) and masks (B,).
@@ -493,7 +490,7 @@ class Agent(nn.Module):
         return metrics | dict(grad_norm=grad_norm, lam=self.lam, kl_ema=self.kl_ema)
 
     def _descend(self, loss: Tensor, copies: list[tuple[nn.Module, nn.Module]]) -> Tensor:
-        """Joint clip at norm 1; Polyak with the parameters from before Adam (authors' code); Adam."""
+        """Clip at norm 1; Polyak, with the parameters from before Adam (authors' code); Adam."""
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -556,12 +553,8 @@ def collect_episode(domain: str, *key: int) -> dict[str, np.ndarray]:
     for attempt in itertools.count():
         seed = seed_of(*key, attempt)
         np.random.seed(seed)  # the oracles draw from numpy's global generator
-        p_stack, rows, done, oracle = (
-            np.random.uniform(*STACK.get(domain, (0.5, 0.5))),
-            [],
-            False,
-            None,
-        )
+        p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
+        rows, done, oracle = [], False, None
         obs, info = env.reset(seed=seed)
         while not done:
             if oracle is None or oracle.done:
@@ -614,7 +607,7 @@ def collect(cfg: Config, domain: str) -> Path:
 
 
 def unreachable(url: str, seconds: float = 10) -> str:
-    """What keeps this file from being downloaded, found out within so many seconds; '' if nothing."""
+    """What keeps this file from being downloaded, known within so many seconds; '' if nothing."""
     request, pool = urllib.request.Request(url, method="HEAD"), ThreadPoolExecutor(1)
     try:  # in a thread, as looking up a name knows no time-out
         pool.submit(urllib.request.urlopen, request, timeout=seconds).result(seconds).close()
@@ -651,7 +644,7 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
         env, *sets = ogbench.make_env_and_datasets(cfg.env, dataset_path=str(path))
     except Exception as error:  # numpy and zipfile raise many kinds
         text = f"expected a dataset, got a damaged {path} ({error}); delete it and start again"
-        raise Failure(text) from error
+        raise Failure(text, 1) from error
     digest, shapes = hashlib.sha256(), dict(rewards=(), masks=(), terminals=())
     shapes |= dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
     for data in sets:
@@ -681,7 +674,7 @@ def chunk_starts(terminals: np.ndarray, H: int) -> np.ndarray:
 
 
 class ReplayBuffer:
-    """Transitions, and the chunks they form, on the device: the dataset, then episodes from online."""
+    """Transitions, and the chunks they form, on the device: the dataset, then online episodes."""
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
@@ -762,7 +755,8 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int, frame
 
 
 def percent(r: dict) -> str:
-    return f"success {r['success']:6.1%} ± {r['stderr']:.1%} (standard error, {r['episodes']} episodes)"
+    spread = f"{r['stderr']:.1%} (standard error, {r['episodes']} episodes)"
+    return f"success {r['success']:6.1%} ± {spread}"
 
 
 def render_video(agent: Agent, path: Path) -> None:
@@ -773,7 +767,7 @@ def render_video(agent: Agent, path: Path) -> None:
         evaluate(agent, env, 3, FINAL, frames)
     except Exception as error:  # mujoco raises what its OpenGL backend does
         todo = "install EGL (libegl1), or OSMesa and set MUJOCO_GL=osmesa"
-        raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}") from error
+        raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}", 1) from error
     imageio.mimsave(path, frames, duration=100, loop=0)
     say(f"video: {path}")
 
@@ -786,14 +780,12 @@ def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
     batch = dict(obs=zeros(dims[0]), next_obs=zeros(dims[0]), actions=zeros(agent.D))
     batch |= dict(rewards=zeros(), masks=zeros())
     times: list[list[float]] = [[], []]
-    for out, update in zip(
-        times, (partial(agent.pretrain_update, lr=0.0), agent.update), strict=True
-    ):
-        for _ in range(repeats + 2):  # two to warm up
-            start = time.perf_counter()
-            update(batch, agent.draw_noise(cfg.batch, gen))["grad_norm"].item()  # waits
-            out.append(time.perf_counter() - start)
-    return [float(np.median(out[2:])) for out in times]
+    for i in range(2 * (repeats + 2)):
+        update = partial(agent.pretrain_update, lr=0.0) if i % 2 == 0 else agent.update
+        start = time.perf_counter()
+        update(batch, agent.draw_noise(cfg.batch, gen))["grad_norm"].item()  # waits for the device
+        times[i % 2].append(time.perf_counter() - start)
+    return [float(np.median(t[2:])) for t in times]  # two of each warmed up
 
 
 # ==================================================================================== bookkeeping
@@ -842,10 +834,8 @@ def load_checkpoint(path: Path) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        reason = str(error).partition("\n")[0]
-        raise Failure(
-            f"expected a checkpoint, got a damaged or unsafe {path} ({reason})"
-        ) from error
+        text = f"expected a checkpoint, got a damaged or unsafe {path}"
+        raise Failure(f"{text} ({str(error).splitlines()[0]})", 1) from error
     version = saved.get("format") if isinstance(saved, dict) else None
     expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", "retrain")
     return saved
@@ -868,8 +858,9 @@ class Run:
             new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
             expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / "config.json", lambda f: f.write(b"{}"))  # or fail now
+        self.write_config({})  # an unwritable folder fails now, not after an hour
         self.env, train, held_out, data = load_data(cfg)
+        say("data: " + ", ".join(f"{k} {v}" for k, v in data.items()))
         self.buffer = ReplayBuffer(train, cfg)
         self.dims = train["observations"].shape[1], train["actions"].shape[1]
         self.agent = Agent(cfg, *self.dims)
@@ -880,9 +871,8 @@ class Run:
         # the state beside agent, buffer and generator: sums are of metrics since the last row
         self.state = dict(step=0, seconds=0.0, episodes=0, updates=0, sums={}, train=[], eval=[])
         if saved:
-            expect(
-                saved["data"] == data["sha256"], "the run's data", f"other data in {data['path']}"
-            )
+            same = saved["data"] == data["sha256"]
+            expect(same, "the run's data", f"other data in {data['path']}")
             self.state = saved["state"]
             self.state["sums"] = {k: v.to(device) for k, v in self.state["sums"].items()}
             self.agent.load_state_dict(saved["agent"])
@@ -892,12 +882,15 @@ class Run:
                 self.buffer.add(saved["online"])
             say(f"resuming at step {self.state['step']}")
         names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
-        about = dict(data=data, versions={k: importlib.metadata.version(k) for k in names})
+        about = dict(versions={k: importlib.metadata.version(k) for k in names}, data_used=data)
         about |= dict(python=sys.version, device_name=device_name(device), command=sys.argv)
-        text = json.dumps(asdict(cfg) | about, indent=1)
-        write_atomically(self.folder / "config.json", lambda f: f.write(text.encode()))
+        self.write_config(about)
         self.sha256, self.begin = data["sha256"], time.monotonic() - self.state["seconds"]
         self.save()
+
+    def write_config(self, about: dict) -> None:
+        text = json.dumps(asdict(self.cfg) | about, indent=1)
+        write_atomically(self.folder / "config.json", lambda f: f.write(text.encode()))
 
     def save(self) -> None:
         """Write the checkpoint, unless a parameter is not finite."""
@@ -913,15 +906,14 @@ class Run:
     def train(self) -> None:
         """All phases in one loop; a step is an update, online an environment step and an update."""
         cfg, state, agent, phase, bar, due = self.cfg, self.state, self.agent, "", None, False
-        counts = dict(
-            pretrain=cfg.pretrain_steps, offline=cfg.offline_steps, online=cfg.online_steps
-        )
-        ends = dict(zip(counts, itertools.accumulate(counts.values()), strict=True))
+        ends = itertools.accumulate((cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps))
+        ends = dict(zip(("pretrain", "offline", "online"), ends, strict=True))
         online_env, episode, transitions = make_env(cfg) if cfg.online_steps else None, None, []
         while True:
             step = state["step"]
             since, last = step - ends["pretrain"], step in ends.values()
-            if since >= 0 and (since % cfg.eval_interval == 0 or last):
+            due_now = since >= 0 and (since % cfg.eval_interval == 0 or last)
+            if due_now and all(row["step"] < step for row in state["eval"]):
                 self.evaluate(next(k for k in ends if step <= ends[k]), last)
             if step == ends["online"]:
                 break
@@ -936,9 +928,8 @@ class Run:
                 transitions.append(next(episode)[0])
                 if transitions[-1][-1]:  # done: the episode enters the buffer
                     columns = zip(*transitions, strict=True)
-                    self.buffer.add(
-                        dict(zip(ReplayBuffer.KEYS, map(np.stack, columns), strict=True))
-                    )
+                    keys = dict(zip(self.buffer.KEYS, map(np.stack, columns), strict=True))
+                    self.buffer.add(keys)
                     state["episodes"], episode, transitions = state["episodes"] + 1, None, []
             if phase != "online" or step >= ends["offline"] + cfg.online_start:
                 batch = self.buffer.sample(cfg.batch, self.generator)
@@ -963,23 +954,19 @@ class Run:
                 due = False
         self.save()
         lam, kl, spent = float(agent.lam), float(agent.kl_ema), clock(state["seconds"])
-        say(f"\n{cfg.env}, seed {cfg.seed}, scale {cfg.scale}: λ {lam:.3f}, KL/budget "
-            f"{kl:.2f}/{cfg.kl_budget:.2f}, wall-clock {spent}")  # fmt: skip
-        for row in state["eval"]:
-            if row["final"]:
-                name = (
-                    "pretrained policy" if row["phase"] == "pretrain" else f"TRQAM {row['phase']}"
-                )
-                say(f"  {name:18s} {percent(row)}")
+        trust = f"λ {lam:.3f}, KL/budget {kl:.2f}/{cfg.kl_budget:.2f}"
+        say(f"\n{cfg.env}, seed {cfg.seed}, scale {cfg.scale}: {trust}, wall-clock {spent}")
+        names = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQAM online")
+        for row in filter(lambda row: row["final"], state["eval"]):
+            say(f"  {names[row['phase']]:18s} {percent(row)}")
 
     def log(self, phase: str, end: int) -> None:
         """Read the averages since the last row; stop if one is not finite; write and say them."""
         cfg, state, now, step = self.cfg, self.state, time.monotonic(), self.state["step"]
         row = {k: float(v) / state["updates"] for k, v in state["sums"].items()}
         where = f"finite means over the {state['updates']} updates before step {step}"
-        expect(
-            all(map(math.isfinite, row.values())), where, row, f"{self.checkpoint} is from before"
-        )
+        finite = all(map(math.isfinite, row.values()))
+        expect(finite, where, row, f"{self.checkpoint} is from before")
         with torch.no_grad():
             x_0, x_1, t = (self.held_out[k] for k in ("x_flow", "actions", "t_flow"))
             loss = flow_matching_loss(partial(self.agent.flow, self.held_out["obs"]), x_0, x_1, t)
@@ -992,7 +979,8 @@ class Run:
             text += f"  flow {row['flow_loss']:.3f} (held out {row['held_out_loss']:.4f})"
         if "lam" in row:
             text += f"  Q {row['q_mean']:7.2f}  critic {row['critic_loss']:7.3f}  match "
-            text += f"{row['matching_loss']:7.1f}  kl {row['path_kl']:.2f}/{cfg.kl_budget:.2f}  λ {row['lam']:.3f}"
+            text += f"{row['matching_loss']:7.1f}  kl {row['path_kl']:.2f}/{cfg.kl_budget:.2f}"
+            text += f"  λ {row['lam']:.3f}"
         say(text)
         self.mark, state["updates"], state["sums"] = (now, step), 0, {}
 
@@ -1053,11 +1041,9 @@ def main() -> int:
         print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
     except (Failure, OSError) as error:
-        print(
-            f"trqam.py: error: {error.args[0] if isinstance(error, Failure) else error}",
-            file=sys.stderr,
-        )
-        return error.args[1] if isinstance(error, Failure) and len(error.args) > 1 else 1
+        text, code = error.args if isinstance(error, Failure) else (error, 1)
+        print(f"trqam.py: error: {text}", file=sys.stderr)
+        return code
     return 0
 
 
