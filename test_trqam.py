@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -303,7 +304,7 @@ def read_csv(path):
 
 
 def contents(run_dir):
-    """All of a run that must be the same to the bit: weights, optimiser, state, CSVs, no seconds."""
+    """All of a run that must be the same to the bit: weights, optimiser, state, CSVs."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
     saved["state"].pop("seconds")
     for row in saved["state"]["train"]:
@@ -422,7 +423,6 @@ def test_readme_lifts_the_mathematics():
     torch.manual_seed(0)
     B, D, K, H = 64, 4, 5, 2
     net = torch.nn.Sequential(torch.nn.Linear(D + 1, 32), torch.nn.Tanh(), torch.nn.Linear(32, D))
-    toy_q = lambda x: -(x - 0.5).square().sum(-1)[None]  # noqa: E731
     frozen = copy.deepcopy(net).requires_grad_(False)
 
     def velocity(module):
@@ -451,3 +451,193 @@ def test_file_runs_alone(tmp_path, dataset_dir):
     argv = [sys.executable, "trqam.py", *command(tmp_path / "run", dataset_dir)[2:]]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "TRQAM offline" in done.stdout, done.stderr
+
+
+# ============================================================================ options of the agent
+
+
+def test_fixed_lambda_turns_the_dual_descent_off():
+    agent = golden_agent(fixed_lambda=0.7)
+    for s in (1, 2, 3):
+        metrics = agent.update(*golden_inputs(s))
+    assert float(metrics["lam"]) == float(agent.lam) == pytest.approx(0.7)
+    assert float(agent.dual) == 1 and float(agent.kl_ema) == 0 and float(metrics["path_kl"]) > 0
+
+
+def test_frozen_base_stays_and_the_rest_learns():
+    """With --frozen-base neither the flow nor its copy moves; without it both do."""
+    for frozen in (True, False):
+        agent = golden_agent(frozen_base=frozen)
+        before = copy.deepcopy(agent.state_dict())
+        agent.update(*golden_inputs(1))
+        moved = {k.split(".")[0] for k, v in agent.state_dict().items() if not v.equal(before[k])}
+        expected = {"policy", "critic", "target_critic", "dual", "kl_ema"}
+        assert moved == expected | (set() if frozen else {"flow", "base"})
+
+
+def test_pretraining_trains_the_flow_alone_and_is_handed_over():
+    agent = golden_agent()
+    before = copy.deepcopy(agent.state_dict())
+    agent.pretrain_update(*golden_inputs(1), lr=1e-3)
+    moved = {k.split(".")[0] for k, v in agent.state_dict().items() if not v.equal(before[k])}
+    assert moved == {"flow"} and agent.optimizer.state
+    agent.finish_pretraining()
+    for net in (agent.base, agent.policy):
+        assert_same(net.state_dict(), agent.flow.state_dict())
+    assert not agent.optimizer.state and agent.optimizer.param_groups[0]["lr"] == agent.cfg.lr
+
+
+def test_update_never_reads_the_device():
+    """On the meta device there is nothing to read: .item() or a branch on a tensor would raise."""
+    cfg = trqam.Config(
+        width=8, layers=2, critics=3, flow_steps=4, chunk=2, scale="paper", device="cpu"
+    )
+    agent = trqam.Agent(trqam.resolve(cfg), 3, 2).to("meta")
+    agent.reset_optimizer()
+    batch, noise = ({k: v.float().to("meta") for k, v in d.items()} for d in golden_inputs(1))
+    agent.optimizer.step = lambda: None  # Adam keeps its step count on the CPU, by design
+    metrics = agent.update(batch, noise)
+    assert all(v.is_meta for v in metrics.values())
+
+
+# ================================================================================= data, collected
+
+
+def collect(folder, workers):
+    cfg = trqam.Config(transitions=2000, workers=workers, cache_dir=str(folder), device="cpu")
+    cfg = trqam.resolve(cfg)
+    return trqam.collect(cfg, "cube-single"), cfg
+
+
+def test_collected_data_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Same files for 1 and 2 processes; OGBench reads and relabels them; the second use reuses."""
+    one, cfg = collect(tmp_path / "one", 1)
+    two, _ = collect(tmp_path / "two", 2)
+    for name in (one.name, one.stem + "-val.npz"):
+        a, b = np.load(one.with_name(name)), np.load(two.with_name(name))
+        assert set(a) == {"observations", "actions", "terminals", "qpos", "qvel"}
+        assert_same({k: torch.tensor(a[k]) for k in a}, {k: torch.tensor(b[k]) for k in b})
+    assert a["terminals"].sum() == 1 and len(np.load(one)["terminals"]) == 2002
+    assert not list(tmp_path.rglob("*.tmp"))
+    stamp = one.stat().st_mtime_ns
+    assert collect(tmp_path / "one", 1)[0].stat().st_mtime_ns == stamp
+    scripted = dataclasses.replace(cfg, data="scripted", cache_dir=str(tmp_path / "one"))
+    _, train, _, about = trqam.load_data(scripted)
+    assert about["source"] == "scripted" and about["transitions"] == 2000
+    assert train["rewards"].shape == (2000,) and set(np.unique(train["rewards"])) <= {-1.0, 0.0}
+    # the stored state is the one before the step: replaying the actions reproduces it
+    env = gymnasium.make("cube-single-v0", mode="data_collection", terminate_at_goal=False)
+    env.reset(seed=trqam.seed_of(0, 0, 0, 0))
+    data = np.load(one)
+    for i in range(20):
+        obs, *_, info = env.step(data["actions"][i])
+        np.testing.assert_array_equal(info["prev_qpos"], data["qpos"][i])
+        np.testing.assert_array_equal(np.float32(obs), data["observations"][i + 1])
+
+
+def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
+    """After SIGKILL in a collection no file is taken for a dataset, and no process is left."""
+    flags = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=3000, workers=1)
+    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(tmp_path / "run", dataset_dir, **flags), **options)
+    while "collecting" not in process.stderr.readline():
+        pass
+    time.sleep(4)
+    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="],
+                              capture_output=True, text=True).stdout.split()  # fmt: skip
+    process.kill()
+    process.wait()
+    assert not [f for f in tmp_path.rglob("*.npz") if "-val" not in f.name]
+    deadline = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.time() < deadline:
+        time.sleep(0.2)
+    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_unreachable_host_is_found_out_in_time():
+    """A refused connection is told at once, a silent host within the limit."""
+    assert "refused" in trqam.unreachable("http://127.0.0.1:9/x.npz")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        start = time.monotonic()
+        problem = trqam.unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/x.npz", 1)
+        assert problem and time.monotonic() - start < 3
+
+
+def test_no_data_to_be_had(tmp_path, monkeypatch):
+    """Mazes can't be collected: the error names the files, the folder and the flag."""
+    monkeypatch.setattr(trqam, "unreachable", lambda url: "no network in tests")
+    for env, data in (("antmaze-large", "auto"), ("cube-single", "ogbench")):
+        cfg = trqam.Config(env=env, data=data, dataset_dir=str(tmp_path), device="cpu")
+        with pytest.raises(trqam.Failure, match=rf"put {env}.*-val\.npz into .*--dataset-dir"):
+            trqam.load_data(trqam.resolve(cfg))
+    cfg = trqam.resolve(trqam.Config(env="antmaze-large", data="scripted", device="cpu"))
+    with pytest.raises(trqam.Failure, match="cube, scene or puzzle") as error:
+        trqam.load_data(cfg)
+    assert error.value.args[1] == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(observations=np.zeros((153, 27), np.float32)), r"observations of shape \(150, 28\)"),
+        (dict(actions=np.full((153, 5), np.nan, np.float32)), "finite actions"),
+        (dict(actions=np.full((153, 5), 1.5, np.float32)), r"actions in \[-1, 1\]"),
+        (dict(terminals=np.arange(153) % 3 == 2), "a complete chunk of 5 actions"),
+        (dict(qpos=None), "a damaged"),
+        ("truncated", "a damaged"),
+    ],
+)
+def test_damaged_datasets_are_refused(tmp_path, changes, message):
+    write_dataset(tmp_path, **({} if changes == "truncated" else changes))
+    if changes == "truncated":
+        file = tmp_path / "cube-single-play-v0.npz"
+        file.write_bytes(file.read_bytes()[:5000])
+    cfg = trqam.resolve(trqam.Config(data="ogbench", dataset_dir=str(tmp_path), device="cpu"))
+    with pytest.raises(trqam.Failure, match=message):
+        trqam.load_data(cfg)
+
+
+# ============================================================================== runs, other flags
+
+
+def test_wrong_calls_exit_with_2(finished, dataset_dir, tmp_path):
+    """Unknown environment; a folder that holds a run; a resume with other settings."""
+    assert "cube-double" in call(tmp_path, dataset_dir, code=2, env="cube-sinlge")
+    assert "--resume" in call(finished[0], dataset_dir, code=2)
+    flags = dict(online_steps=420, online_start=210)
+    assert "batch 8 -> 9" in call(finished[0], dataset_dir, "--resume", code=2, batch=9, **flags)
+
+
+def test_eval_only_repeats_the_final_evaluation(finished, dataset_dir):
+    screen = call(finished[0], dataset_dir, "--eval-only")
+    assert re.search(r"success +0\.0% ± 0\.0% \(standard error, 2 episodes\)", screen)
+
+
+def test_video_or_a_clear_message(finished, dataset_dir):
+    """--video writes a GIF, or says what rendering lacks, and exits with 1."""
+    argv = command(finished[0], dataset_dir, "--eval-only", "--video")
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    if done.returncode == 0:
+        assert (finished[0] / "video.gif").read_bytes()[:3] == b"GIF"
+    else:
+        assert done.returncode == 1 and "OpenGL" in done.stderr and "MUJOCO_GL" in done.stderr
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    """A crafted, a damaged and a foreign checkpoint are refused; nothing in them is run."""
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "checkpoint.pt"
+    for content in (Evil(), dict(format=99), [1, 2]):
+        torch.save(content, path)
+        with pytest.raises(trqam.Failure, match="checkpoint"):
+            trqam.Agent.load(path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(trqam.Failure, match="damaged or unsafe"):
+        trqam.Agent.load(path)
+    assert not (tmp_path / "owned").exists()
