@@ -139,7 +139,7 @@ def test_settings_come_from_domain_and_scale():
     assert laptop.run_dir == "runs/cube-triple-task2/seed0"
 
 
-@pytest.mark.parametrize("domain", [*trqam.HAND, *trqam.MAZE])
+@pytest.mark.parametrize("domain", [*trqam.MANIPULATION, *trqam.MAZES])
 def test_every_domain_names_an_environment_of_ogbench(domain):
     """The short names, and the default tasks, are OGBench's."""
     for task in range(1, 6):
@@ -584,7 +584,7 @@ def test_no_data_to_be_had(tmp_path, monkeypatch):
         (dict(observations=np.zeros((153, 27), np.float32)), r"observations of shape \(150, 28\)"),
         (dict(actions=np.full((153, 5), np.nan, np.float32)), "finite actions"),
         (dict(actions=np.full((153, 5), 1.5, np.float32)), r"actions in \[-1, 1\]"),
-        (dict(terminals=np.arange(153) % 3 == 2), "a complete chunk of 5 actions"),
+        (dict(terminals=np.arange(153) % 3 == 2), "a chunk of 5 actions"),
         (dict(qpos=None), "a damaged"),
         ("truncated", "a damaged"),
     ],

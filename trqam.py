@@ -61,11 +61,11 @@ from tqdm import tqdm
 
 # ======================================================================================= settings
 
-HAND = "cube-single cube-double cube-triple cube-quadruple scene puzzle-3x3 puzzle-4x4 puzzle-4x5"
-HAND = (*HAND.split(), "puzzle-4x6")
-MAZE = [f"{body}maze-{m}" for body in ("ant", "humanoid") for m in ("medium", "large", "giant")]
-MAZE += [f"pointmaze-{m}" for m in ("medium", "large", "giant", "teleport")]
-MAZE += ["antmaze-teleport", "antsoccer-arena", "antsoccer-medium"]
+MANIPULATION = ["cube-single", "cube-double", "cube-triple", "cube-quadruple", "scene"]
+MANIPULATION += ["puzzle-3x3", "puzzle-4x4", "puzzle-4x5", "puzzle-4x6"]
+MAZES = [f"{body}maze-{m}" for body in ("ant", "humanoid") for m in ("medium", "large", "giant")]
+MAZES += [f"pointmaze-{m}" for m in ("medium", "large", "giant", "teleport")]
+MAZES += ["antmaze-teleport", "antsoccer-arena", "antsoccer-medium"]
 KINDS = "play|noisy|navigate|stitch|explore"
 SCALES = dict(  # paper: the published sizes and steps; laptop: what 2 cores finish in 40 minutes
     paper=dict(critics=10, flow_steps=10, batch=256, lr=3e-4, pretrain_lr=3e-4, tau=0.005)
@@ -133,8 +133,8 @@ class Config:
     save_interval: int | None = None  # updates between checkpoints
 
 
-WHERE = "resume eval_only video benchmark device run_dir dataset_dir cache_dir workers"
-WHERE = (*WHERE.split(), "final_episodes")  # say where and how to run: may change on --resume
+MAY_CHANGE = ("resume", "eval_only", "video", "benchmark", "device", "run_dir", "dataset_dir")
+MAY_CHANGE += ("cache_dir", "workers")  # on --resume: they say where and how to run, not what
 RANGES = dict(task=(1, 5), flow_steps=(2, 1000), transitions=(1000, 10**9), rho=(0, 100))
 RANGES |= dict.fromkeys(("kl_budget", "fixed_lambda"), (1e-6, 1e6))
 RANGES |= dict.fromkeys(("seed", "data_seed", "online_start"), (0, 2**62))
@@ -160,10 +160,10 @@ def resolve(cfg: Config) -> Config:
             expect(low <= v <= high, f"--{k.replace('_', '-')} in [{low}, {high}]", v, code=2)
     full = re.fullmatch(rf"(.+)-({KINDS})-singletask(?:-task([1-5]))?-v0", cfg.env)
     domain = full[1] if full else cfg.env
-    known = f"--env to be one of {', '.join([*HAND, *MAZE])}, or a full OGBench id of one"
-    expect(domain in HAND or domain in MAZE, known, repr(cfg.env), code=2)
-    kind = full[2] if full else "play" if domain in HAND else "navigate"
-    default = 2 if domain in HAND else 1
+    known = f"--env to be one of {', '.join(MANIPULATION + MAZES)}, or a full OGBench id of one"
+    expect(domain in MANIPULATION or domain in MAZES, known, repr(cfg.env), code=2)
+    kind = full[2] if full else "play" if domain in MANIPULATION else "navigate"
+    default = 2 if domain in MANIPULATION else 1
     default = 4 if domain in ("puzzle-3x3", "puzzle-4x4") or "soccer" in domain else default
     task = int((full and full[3]) or cfg.task or default)
     expect(cfg.task in (None, task), f"--task {task}, as in --env", cfg.task, code=2)
@@ -174,7 +174,7 @@ def resolve(cfg: Config) -> Config:
     wide = domain in ("antmaze-giant", "puzzle-4x4", "cube-triple", "cube-quadruple")
     humanoid, tight = "humanoid" in domain, domain in ("humanoidmaze-medium", "cube-triple")
     published = dict(width=1024 if wide else 512, flow_layer_norm=wide)
-    published |= dict(chunk=5 if domain in HAND else 1, kl_budget=0.5 if tight else 1.0)
+    published |= dict(chunk=5 if domain in MANIPULATION else 1, kl_budget=0.5 if tight else 1.0)
     published |= dict(gamma=0.999 if humanoid else 0.995, rho=0.0 if humanoid else 0.5)
     env, name = f"{domain}-{kind}-singletask-task{task}-v0", f"{domain}-{kind}" if full else domain
     run_dir = cfg.run_dir or f"runs/{name}-task{task}/seed{cfg.seed}"
@@ -627,7 +627,7 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
     path, held_out = folder / f"{name}.npz", folder / f"{name}-val.npz"
     wanted = f"put {path.name} and {held_out.name} into {folder} (--dataset-dir)"
-    can = domain in HAND and name == f"{domain}-play-v0"
+    can = domain in MANIPULATION and name == f"{domain}-play-v0"
     if not scripted and not (path.exists() and held_out.exists()):
         url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
         say(f"{path} is not there; trying {url}")
@@ -653,17 +653,12 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
             expect(data[k].shape == full, f"{k} of shape {full} in {path}", data[k].shape)
             expect(bool(np.isfinite(data[k]).all()), f"finite {k} in {path}", "NaN or infinity")
             digest.update(np.ascontiguousarray(data[k]))
-        worst, starts = (
-            np.abs(data["actions"]).max(initial=0),
-            chunk_starts(data["terminals"], cfg.chunk),
-        )
+        worst, chunks = np.abs(data["actions"]).max(initial=0), f"a chunk of {cfg.chunk} actions"
         expect(worst <= 1 + 1e-5, f"actions in [-1, 1] in {path}", worst)
-        expect(len(starts) > 0, f"a complete chunk of {cfg.chunk} actions in {path}", "none")
-    about = dict(
-        source="scripted" if scripted else "ogbench", path=str(path), sha256=digest.hexdigest()
-    )
-    solved = int((sets[0]["masks"] == 0).sum())
-    return env, *sets, about | dict(transitions=len(sets[0]["rewards"]), solved=solved)
+        expect(len(chunk_starts(data["terminals"], cfg.chunk)) > 0, f"{chunks} in {path}", "none")
+    about = dict(source="scripted" if scripted else "ogbench", path=str(path))
+    about |= dict(transitions=len(sets[0]["rewards"]), solved=int((sets[0]["masks"] == 0).sum()))
+    return env, *sets, about | dict(sha256=digest.hexdigest())
 
 
 def chunk_starts(terminals: np.ndarray, H: int) -> np.ndarray:
@@ -681,8 +676,8 @@ class ReplayBuffer:
     def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
-        self.arrays = {k: torch.tensor(data[k], device=cfg.device).float()[:0] for k in self.KEYS}
-        self.starts = self.offsets[:0]
+        empty = partial(torch.empty, 0, device=cfg.device)
+        self.arrays, self.starts = {k: empty(*data[k].shape[1:]) for k in self.KEYS}, empty().long()
         self.add(data)
         self.first = len(self.arrays["rewards"])
 
@@ -791,6 +786,7 @@ def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
 # ==================================================================================== bookkeeping
 
 FORMAT = 1  # of checkpoint.pt
+say = tqdm.write  # a line on the screen, above the progress bar
 SIGNALS: list[int] = []  # Ctrl-C and SIGTERM, looked at where the state is whole
 
 
@@ -804,12 +800,6 @@ def on_signal(number: int, _frame) -> None:
 def check_signals() -> None:
     if SIGNALS:
         raise KeyboardInterrupt
-
-
-def say(text: str) -> None:
-    """A line on the screen, above the progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -854,7 +844,7 @@ class Run:
             todo = "go on with --resume, or use another --run-dir"
             expect(cfg.resume, "a new folder", f"a run in {self.folder}", todo, 2)
             saved = load_checkpoint(self.checkpoint)
-            old = {k: v for k, v in saved["config"].items() if k not in WHERE}
+            old = {k: v for k, v in saved["config"].items() if k not in MAY_CHANGE}
             new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
             expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -895,8 +885,8 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint, unless a parameter is not finite."""
         finite = all(bool(x.isfinite().all()) for x in self.agent.state_dict().values())
-        what, self.state["seconds"] = "finite parameters", time.monotonic() - self.begin
-        expect(finite, what, f"others at step {self.state['step']}; the last checkpoint stands")
+        self.state["seconds"], what = time.monotonic() - self.begin, "NaN or infinity"
+        expect(finite, f"finite parameters at step {self.state['step']}", what, "checkpoint kept")
         content = dict(format=FORMAT, config=asdict(self.cfg), dims=self.dims, data=self.sha256)
         content |= dict(agent=self.agent.state_dict(), optimizer=self.agent.optimizer.state_dict())
         content |= dict(state=self.state, generator=self.generator.get_state())
@@ -908,13 +898,13 @@ class Run:
         cfg, state, agent, phase, bar, due = self.cfg, self.state, self.agent, "", None, False
         ends = itertools.accumulate((cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps))
         ends = dict(zip(("pretrain", "offline", "online"), ends, strict=True))
+        evaluations = range(ends["pretrain"], ends["online"], cfg.eval_interval)
         online_env, episode, transitions = make_env(cfg) if cfg.online_steps else None, None, []
         while True:
             step = state["step"]
-            since, last = step - ends["pretrain"], step in ends.values()
-            due_now = since >= 0 and (since % cfg.eval_interval == 0 or last)
-            if due_now and all(row["step"] < step for row in state["eval"]):
-                self.evaluate(next(k for k in ends if step <= ends[k]), last)
+            done = any(row["step"] == step for row in state["eval"])
+            if not done and (step in ends.values() or step in evaluations):
+                self.evaluate(next(k for k in ends if step <= ends[k]), step in ends.values())
             if step == ends["online"]:
                 break
             if phase != (phase := next(k for k in ends if step < ends[k])):
@@ -928,8 +918,8 @@ class Run:
                 transitions.append(next(episode)[0])
                 if transitions[-1][-1]:  # done: the episode enters the buffer
                     columns = zip(*transitions, strict=True)
-                    keys = dict(zip(self.buffer.KEYS, map(np.stack, columns), strict=True))
-                    self.buffer.add(keys)
+                    arrays = zip(self.buffer.KEYS, map(np.stack, columns), strict=True)
+                    self.buffer.add(dict(arrays))
                     state["episodes"], episode, transitions = state["episodes"] + 1, None, []
             if phase != "online" or step >= ends["offline"] + cfg.online_start:
                 batch = self.buffer.sample(cfg.batch, self.generator)
@@ -948,7 +938,7 @@ class Run:
                 agent.finish_pretraining()
             if step % cfg.log_interval == 0 or step in ends.values():
                 self.log(phase, ends[phase])
-            due |= step % cfg.save_interval == 0 or step in ends.values()
+            due |= step % cfg.save_interval == 0 or step in ends.values() or step in evaluations
             if due and not transitions:
                 self.save()
                 due = False
@@ -1020,7 +1010,10 @@ def run(given: Config) -> None:
             other = resolve(replace(given, scale="laptop" if cfg.scale == "paper" else "paper"))
             seconds = np.dot(benchmark(other, 3), (other.pretrain_steps, other.offline_steps))
             say(f"--scale {other.scale} would train for about {seconds / 3600:.1f} hours here")
-        say("settings: " + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in WHERE))
+        say(
+            "settings: "
+            + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in MAY_CHANGE)
+        )
         Run(cfg).train()
     agent = Agent.load(folder / "checkpoint.pt", cfg.device)
     if cfg.eval_only:
@@ -1032,6 +1025,7 @@ def run(given: Config) -> None:
 def main() -> int:
     """The command line. Exit codes: 0 done, 1 failed, 2 a wrong call, 130 and 143 interrupted."""
     warnings.filterwarnings("ignore", module="gymnasium|glfw")
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is written line by line
     given = tyro.cli(Config, description=__doc__)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
