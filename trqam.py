@@ -232,6 +232,7 @@ class FlowPolicy(MLP):
 # broadcasts to (..., B, 1), to (..., B, D); what it is conditioned on is the caller's business.
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+BRACKET = (0.01, 100.0)  # of the raw multiplier ℓ
 
 
 def schedule(K: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,9 +378,8 @@ def dual_step(
     dual: Tensor,
     kl_budget: float,
     lr=0.01,
-    rate=0.1,
-    low=0.01,
-    high=1e2,
+    ema_rate=0.1,
+    bounds=BRACKET,
 ) -> tuple[Tensor, Tensor]:
     """Projected dual descent (Eq. 9) on the raw multiplier ℓ, λ = 3 ℓ; scalars -> (D, ℓ).
 
@@ -387,8 +387,8 @@ def dual_step(
 
     KL over the budget raises λ (back to the base), under it lowers λ.
     """
-    kl_ema = (1 - rate) * kl_ema + rate * kl.clamp(max=2 * kl_budget)
-    return kl_ema, (dual + lr * (kl_ema - kl_budget)).clamp(low, high)
+    kl_ema = (1 - ema_rate) * kl_ema + ema_rate * kl.clamp(max=2 * kl_budget)
+    return kl_ema, (dual + lr * (kl_ema - kl_budget)).clamp(*bounds)
 
 
 # ========================================================================================== agent
@@ -838,7 +838,7 @@ class Run:
     """A run in its folder: the loop over the phases, its state, checkpoints and logs."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.folder, saved = cfg, Path(cfg.run_dir), None
+        self.cfg, self.folder, saved, begin = cfg, Path(cfg.run_dir), None, time.monotonic()
         self.checkpoint, device = self.folder / "checkpoint.pt", cfg.device
         if self.checkpoint.exists():
             todo = "go on with --resume, or use another --run-dir"
@@ -875,7 +875,7 @@ class Run:
         about = dict(versions={k: importlib.metadata.version(k) for k in names}, data_used=data)
         about |= dict(python=sys.version, device_name=device_name(device), command=sys.argv)
         self.write_config(about)
-        self.sha256, self.begin = data["sha256"], time.monotonic() - self.state["seconds"]
+        self.sha256, self.begin = data["sha256"], begin - self.state["seconds"]
         self.save()
 
     def write_config(self, about: dict) -> None:
