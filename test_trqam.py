@@ -259,7 +259,7 @@ def test_replay_batches_are_chunks():
 # ======================================================================= runs, on a toy dataset
 
 TINY = dict(width=16, layers=2, critics=2, flow_steps=3, batch=8, pretrain_steps=20)
-TINY |= dict(offline_steps=20, log_interval=5, save_interval=7, eval_interval=10)
+TINY |= dict(offline_steps=20, log_interval=5, save_interval=7, eval_interval=150)
 TINY |= dict(eval_episodes=1, final_episodes=2, scale="laptop", device="cpu", data="ogbench")
 
 
@@ -372,13 +372,12 @@ def test_same_seed_same_numbers(finished, dataset_dir, tmp_path):
         finished[0] / "train.csv").read_text().split("\n")[1]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_resume_is_exact(finished, dataset_dir, tmp_path, number):
+@pytest.mark.parametrize("number, times", [("SIGKILL", 6), ("SIGTERM", 2), ("SIGINT", 2)])
+def test_resume_is_exact(finished, dataset_dir, tmp_path, number, times):
     """Killed again and again and resumed, a run ends as one that was never interrupted."""
-    changes = dict(online_steps=420, online_start=210)
+    changes, codes, number = dict(online_steps=420, online_start=210), [], signal.Signals[number]
     rng = np.random.default_rng(int(number))
-    codes = []
-    for _ in range(8):
+    for _ in range(times):
         log = tmp_path / "train.csv"
         before = log.read_text().count("\n") if log.exists() else 0
         argv = command(tmp_path, dataset_dir, "--resume", **changes)
@@ -535,6 +534,7 @@ def test_collected_data_do_not_depend_on_the_number_of_processes(tmp_path):
         np.testing.assert_array_equal(np.float32(obs), data["observations"][i + 1])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
     """After SIGKILL in a collection no file is taken for a dataset, and no process is left."""
     flags = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=3000, workers=1)
@@ -543,8 +543,7 @@ def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
     while "collecting" not in process.stderr.readline():
         pass
     time.sleep(4)
-    children = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="],
-                              capture_output=True, text=True).stdout.split()  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()
     assert not [f for f in tmp_path.rglob("*.npz") if "-val" not in f.name]
@@ -615,14 +614,13 @@ def test_eval_only_repeats_the_final_evaluation(finished, dataset_dir):
     assert re.search(r"success +0\.0% ± 0\.0% \(standard error, 2 episodes\)", screen)
 
 
-def test_video_or_a_clear_message(finished, dataset_dir):
-    """--video writes a GIF, or says what rendering lacks, and exits with 1."""
-    argv = command(finished[0], dataset_dir, "--eval-only", "--video")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    if done.returncode == 0:
-        assert (finished[0] / "video.gif").read_bytes()[:3] == b"GIF"
-    else:
-        assert done.returncode == 1 and "OpenGL" in done.stderr and "MUJOCO_GL" in done.stderr
+def test_video_without_opengl_says_what_is_missing(finished, dataset_dir):
+    """Where rendering is impossible, --video says so and exits with 1."""
+    argv = command(finished[0], dataset_dir, "--eval-only", "--video", final_episodes=1)
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    done = subprocess.run(argv, env=environment | dict(MUJOCO_GL="glfw"), capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 1 and "OpenGL" in done.stderr and "MUJOCO_GL" in done.stderr
 
 
 def test_checkpoints_run_no_code(tmp_path):
