@@ -587,6 +587,7 @@ def collect(cfg: Config, domain: str) -> Path:
     episodes, folder = math.ceil(cfg.transitions / 1000), Path(cfg.cache_dir).expanduser()
     path = folder / f"{domain}-play-scripted-v1-seed{cfg.data_seed}-{episodes}k.npz"
     folder.mkdir(parents=True, exist_ok=True)
+    say(f"{'reusing' if path.exists() else 'collecting'} {path}")
     held_out = path.with_name(f"{path.stem}-val.npz")
     for split, n, file in ((1, math.ceil(episodes / 20), held_out), (0, episodes, path)):
         if path.exists():  # it is written last
@@ -633,7 +634,7 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
         say(f"{path} is not there; trying {url}")
         if problem := unreachable(url):
             expect(can and cfg.data == "auto", f"the dataset {name}.npz", problem, wanted)
-            say(f"{problem}\ncollecting data with OGBench's scripted oracles (--data scripted)")
+            say(f"{problem}; going on with data of OGBench's scripted oracles (--data scripted)")
             scripted = True
         else:
             ogbench.download_datasets([name], str(folder))
