@@ -60,12 +60,13 @@ def forall(n, /, monte_carlo=0, **strategies):
     """
     n = max(1, round(n * PROFILES[PROFILE]))
     Z_TESTS["allowed"] += n * monte_carlo
+    shrink = [] if monte_carlo or n < 4 * PROFILES[PROFILE] else [Phase.shrink]  # the cheap ones
     profile = settings(
         max_examples=n,
         derandomize=PROFILE != "thorough",
         database=None,
         deadline=None,
-        phases=[Phase.explicit, Phase.generate] + ([] if monte_carlo else [Phase.shrink]),
+        phases=[Phase.explicit, Phase.generate, *shrink],
         suppress_health_check=list(HealthCheck),
     )
     return lambda test: profile(given(**strategies)(test))
@@ -557,7 +558,7 @@ def theorem1_problem(seed, D, K, kl, kind, exact=True):
 
 
 @chains
-@forall(3, monte_carlo=2, seed=seeds, D=dims, K=st.integers(4, 10), lam=lams, kl=st.floats(1.2, 4))
+@forall(2, monte_carlo=2, seed=seeds, D=dims, K=st.integers(4, 10), lam=lams, kl=st.floats(1.2, 4))
 def test_theorem1_monte_carlo(exact, seed, D, K, lam, kl):
     """E_{P^u}[log dP^u/dP^base] = KL = E_{P^u}[Σ (h/2λ)‖u‖²], random networks: exact. (T3)
 
@@ -1073,9 +1074,9 @@ def test_adjoint_matching_trained_on_a_mixture_reaches_the_tilt(seed):
     """Trained v_ft: TV(law of X_K, π*) ≤ 0.12, TV(π_base, π*) > 0.4; π* ∝ π_base e^{Q/λ}: limit.
 
     0.087 of it is the discretisation at K = 24, which the marginal velocity of π* has as well; the
-    training may add no more than 0.03 (found: 0.004 to 0.017 over seeds).
+    training may add no more than 0.03 (measured: 0.006 to 0.013 over seeds).
     """
-    K, B, lam, updates = 24, 512, 0.2, 300
+    K, B, lam, updates = 24, 1024, 0.2, 300
     base, draw = Mixture(means=torch.tensor([-0.5, 0.4], **F64), stds=STDS / 1.5), Draw(seed)
 
     def q(y):  # two critics, whose mean counts
@@ -1218,17 +1219,18 @@ def test_dual_stability_threshold(side, r, eps, lr):
     assert sizes[-1] < 0.1 * max(sizes) if side < 1 else sizes[-1] > 10 * sizes[0], sizes[-1]
 
 
-@forall(6, seed=seeds, D=dims, K=steps, eps=st.floats(0.3, 2), H=st.integers(2, 5))
-def test_dual_descent_end_to_end_holds_the_budget(seed, D, K, eps, H):
+@forall(6, seed=seeds, D=dims, K=steps, eps=st.floats(0.5, 2), H=dims, star=st.floats(1.5, 6))
+def test_dual_descent_end_to_end_holds_the_budget(seed, D, K, eps, H, star):
     """simulate → KL/H → dual step → λ = 3ℓ → λ* = √(wᵀSw/(2Hε)), KL/H = ε: limit n → ∞.
 
     The policy answers each λ with its optimal control. λ* is exact for the discrete chain; in
-    continuous time it is s‖c‖/√(2Hε), see `test_closed_form_kl_in_the_limit`.
+    continuous time it is s‖c‖/√(2Hε), see `test_closed_form_kl_in_the_limit`. Near λ* the error
+    decays by 2ηε/ℓ* ≥ 0.05 a step: e^{−20} in 400.
     """
     v_base, w, _, adjoint = linear_problem(seed, D, K)
-    lam_star, kl, _ = settle(v_base, adjoint, eps, H)
-    S = end_given_start(v_base, K, D)[1]
-    close(lam_star, (w @ S @ w / (2 * H * eps)).sqrt(), 1e-6)
+    size = star / (w @ end_given_start(v_base, K, D)[1] @ w / (2 * H * eps)).sqrt()
+    lam, kl, _ = settle(v_base, size * adjoint, eps, H)
+    close(lam, star, 1e-6)
     close(kl, eps, 1e-6)
 
 
