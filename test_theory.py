@@ -918,7 +918,9 @@ def test_linear_critic_optimum_beats_every_affine_control(seed, D, K, lam, size)
 
 @forall(4, seed=seeds, D=dims, lam=lams)
 def test_closed_form_kl_in_the_limit(seed, D, lam):
-    """KL(λ) → cᵀSc/(2λ²) (s²‖c‖²/(2λ²) if S = s²I), for every pairing and chain: limit, order 1.
+    """KL(λ) → cᵀSc/(2λ²) (s²‖c‖²/(2λ²) if S = s²I): limit, order 1.
+
+    For the matched adjoint in both pairings, ã_{k+1} and ã_k, and for the training one with ã_k.
 
     Hence λ* → s‖c‖/√(2ε), or s‖c‖/√(2Hε) if ε is per action of a chunk of H.
     """
