@@ -1176,7 +1176,7 @@ def test_dual_ema_closed_form(seed, eps, r, n):
     draw = Draw(seed)
     kl, ema, dual = draw.uniform(0, 4, n), scalar(0.3), scalar(1.0)
     for kl_i in kl:
-        ema, dual = trqam.dual_step(kl_i, ema, dual, eps, ema_rate=r)
+        ema, dual = trqam.dual_step(kl_i, ema, dual, eps, rate=r)
     weights = [r * (1 - r) ** (n - 1 - i) for i in range(n)]
     clipped = [min(x, 2 * eps) for x in kl.tolist()]
     D = math.fsum(w * x for w, x in zip(weights, clipped, strict=True))

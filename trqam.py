@@ -261,15 +261,13 @@ def sample_flow(v: Velocity, x_0: Tensor, K: int) -> Tensor:
     return x.clamp(-1, 1)
 
 
-def td_target(
-    rewards: Tensor, masks: Tensor, q_next: Tensor, discount: float, rho: float
-) -> Tensor:
+def td_target(rewards: Tensor, masks: Tensor, q_next: Tensor, gamma_H: float, rho: float) -> Tensor:
     """y = Σ_i γ^i r_i + γ^H m (mean_E Q' − ρ std_E Q'), with the population std; (B,).
 
     rewards (B,) are the sums over the chunk, masks (B,) 0 where the task was solved in it,
-    q_next (E, B) the target critic after it, discount γ^H.
+    q_next (E, B) the target critic after it, gamma_H γ^H.
     """
-    return rewards + discount * masks * (q_next.mean(0) - rho * q_next.std(0, correction=0))
+    return rewards + gamma_H * masks * (q_next.mean(0) - rho * q_next.std(0, correction=0))
 
 
 @torch.no_grad()
@@ -302,7 +300,8 @@ def simulate_sde(
 def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor) -> Tensor:
     """∇_x mean_E Q(clip(x, −1, 1)), none outside the box; q maps (B, D) to (E, B); (B, D)."""
     values, vjp = torch.func.vjp(lambda x: q(x.clamp(-1, 1)).mean(0), x_1)
-    return vjp(torch.ones_like(values))[0]
+    (gradient,) = vjp(torch.ones_like(values))
+    return gradient
 
 
 @torch.no_grad()
@@ -322,7 +321,8 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
         end = t[k] + 1 / K
         time = t[k] if exact else end
         _, vjp = torch.func.vjp(lambda x, s=time, e=end: 2 * v_base(x, s) - x / e, path[k])
-        adjoint.append(adjoint[-1] + vjp(adjoint[-1])[0] / K)
+        (pulled_back,) = vjp(adjoint[-1])
+        adjoint.append(adjoint[-1] + pulled_back / K)
     return torch.stack(adjoint[::-1])
 
 
@@ -373,13 +373,7 @@ def tilt_kl(adjoint: Tensor, lam: Tensor | float) -> Tensor:
 
 
 def dual_step(
-    kl: Tensor,
-    kl_ema: Tensor,
-    dual: Tensor,
-    kl_budget: float,
-    lr=0.01,
-    ema_rate=0.1,
-    bounds=BRACKET,
+    kl: Tensor, kl_ema: Tensor, dual: Tensor, kl_budget: float, lr=0.01, rate=0.1, bounds=BRACKET
 ) -> tuple[Tensor, Tensor]:
     """Projected dual descent (Eq. 9) on the raw multiplier ℓ, λ = 3 ℓ; scalars -> (D, ℓ).
 
@@ -387,7 +381,7 @@ def dual_step(
 
     KL over the budget raises λ (back to the base), under it lowers λ.
     """
-    kl_ema = (1 - ema_rate) * kl_ema + ema_rate * kl.clamp(max=2 * kl_budget)
+    kl_ema = (1 - rate) * kl_ema + rate * kl.clamp(max=2 * kl_budget)
     return kl_ema, (dual + lr * (kl_ema - kl_budget)).clamp(*bounds)
 
 
