@@ -642,10 +642,11 @@ def test_theorem1_monte_carlo_rejects_wrong_formulas(lam, seed):
         (with_g2(g_squared(K).sqrt()), 0),  # g for g²
         (girsanov(gap)[:-1].sum(0), 1),  # last step dropped
     )
-    # a wrong weighting of the steps can by chance give nearly the right sum
-    assume(all(abs((A - wrong).mean().item()) > 4 * resolution for wrong, _ in mistakes))
-    for wrong, sign in mistakes:
-        reject(L - wrong, 0.0, 3 * resolution, sign)
+    effects = [abs((A - wrong).mean().item()) for wrong, _ in mistakes]
+    # a wrong weighting of the steps can happen to give nearly the right sum: another problem then
+    assume(min(effects) > 1.5 * resolution)
+    for (wrong, sign), effect in zip(mistakes, effects, strict=True):
+        reject(L - wrong, 0.0, effect, sign)
     base = trqam.simulate_sde(v_base, v_base, *noise, exact=True)  # wrong measure
     A = trqam.path_kl(trqam.velocity_gap(v_fine, v_base, base))
     reject(log_ratio(v_fine, v_base, base).sum(0) - A, 0.0, 3 * resolution, -1)
