@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
-import itertools
+import functools
+import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import ogbench
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +37,20 @@ TRQAM = [sys.executable, os.path.abspath(trqam.__file__)]
 torch.set_num_threads(1)
 settings.register_profile("trqam", derandomize=True, deadline=None, database=None)
 settings.load_profile("trqam")
+
+
+def flags(**fields) -> list[str]:
+    """Settings as command-line flags."""
+    switch = {k: v for k, v in fields.items() if isinstance(v, bool)}
+    names = {k: "--" + "no-" * (switch.get(k) is False) + k.replace("_", "-") for k in fields}
+    return [
+        x for k, v in fields.items() for x in ((names[k],) if k in switch else (names[k], str(v)))
+    ]
+
+
+def configure(**fields) -> trqam.Config:
+    return trqam.parse(flags(**fields))
+
 
 # ================================================================================ golden numbers
 # Three consecutive updates of a tiny agent in float64, computed with the authors' published code
@@ -72,7 +89,7 @@ def wave(shape: tuple[int, ...], tag: int, scale: float = 1.0) -> torch.Tensor:
 def golden_agent(**changes) -> trqam.Agent:
     sizes = dict(width=8, layers=2, critics=3, flow_steps=4, chunk=2, batch=6)
     settings = dict(gamma=0.9, rho=0.5, kl_budget=0.5, scale="paper", device="cpu")
-    agent = trqam.Agent(trqam.resolve(trqam.Config(**sizes | settings | changes)), 3, 2).double()
+    agent = trqam.Agent(configure(**sizes | settings | changes), 3, 2).double()
     agent.reset_optimizer()
     with torch.no_grad():
         nets = (agent.flow, agent.base, agent.policy, agent.critic, agent.target_critic)
@@ -120,7 +137,7 @@ def test_golden_numbers():
 
 def test_settings_come_from_domain_and_scale():
     """Explicit flag > laptop scale > domain > paper; SPEC of the paper's table per domain."""
-    paper = trqam.resolve(trqam.Config(env="cube-triple", scale="paper", device="cpu"))
+    paper = configure(env="cube-triple", scale="paper", device="cpu")
     assert (paper.width, paper.flow_layer_norm, paper.chunk, paper.kl_budget) == (
         1024,
         True,
@@ -131,11 +148,11 @@ def test_settings_come_from_domain_and_scale():
         10, 10, 256, 3e-4, 0.005)  # fmt: skip
     assert (paper.pretrain_steps, paper.offline_steps) == (300_000, 1_000_000)
     assert (paper.gamma, paper.rho) == (0.995, 0.5)
-    maze = trqam.resolve(trqam.Config(env="humanoidmaze-medium", scale="paper", device="cpu"))
+    maze = configure(env="humanoidmaze-medium", scale="paper", device="cpu")
     assert (maze.chunk, maze.gamma, maze.rho, maze.kl_budget, maze.width) == (1, 0.999, 0, 0.5, 512)
-    giant = trqam.resolve(trqam.Config(env="antmaze-giant", scale="paper", device="cpu"))
+    giant = configure(env="antmaze-giant", scale="paper", device="cpu")
     assert (giant.width, giant.flow_layer_norm, giant.kl_budget) == (1024, True, 1.0)
-    laptop = trqam.resolve(trqam.Config(env="cube-triple", scale="laptop", width=64, device="cpu"))
+    laptop = configure(env="cube-triple", scale="laptop", width=64, device="cpu")
     assert (laptop.width, laptop.critics) == (64, 10)
     assert laptop.run_dir == "runs/cube-triple-task2/seed0"
 
@@ -144,17 +161,17 @@ def test_settings_come_from_domain_and_scale():
 def test_every_domain_names_an_environment_of_ogbench(domain):
     """The short names, and the default tasks, are OGBench's."""
     for task in range(1, 6):
-        cfg = trqam.resolve(trqam.Config(env=domain, task=task, device="cpu"))
+        cfg = configure(env=domain, task=task, device="cpu")
         assert cfg.env.endswith(f"-singletask-task{task}-v0")
         gym_id = re.sub(rf"-({trqam.KINDS})-singletask", "-singletask", cfg.env)
         assert gym_id in gymnasium.registry
-    full = trqam.resolve(trqam.Config(env=cfg.env, device="cpu"))
+    full = configure(env=cfg.env, device="cpu")
     assert (full.env, full.task) == (cfg.env, 5)
 
 
 def test_default_tasks_are_those_of_ogbench():
     for domain in ("cube-single", "scene", "puzzle-3x3", "puzzle-4x5", "pointmaze-medium"):
-        cfg = trqam.resolve(trqam.Config(env=domain, device="cpu"))
+        cfg = configure(env=domain, device="cpu")
         env = gymnasium.make(re.sub(rf"-({trqam.KINDS})-singletask.*", "-singletask-v0", cfg.env))
         env.reset()
         assert env.unwrapped._reward_task_id == cfg.task, domain
@@ -165,7 +182,7 @@ def test_default_tasks_are_those_of_ogbench():
     [
         (dict(env="cube-singel"), "cube-single, cube-double"),
         (dict(env="visual-cube-single-play-singletask-v0"), "one of"),
-        (dict(task=6), r"--task in \[1, 5\], got 6"),
+        (dict(task=6), r"--task in \[0, 5\], got 6"),
         (dict(env="cube-single-play-singletask-task2-v0", task=3), "as in --env, got 3"),
         (dict(gamma=1.5), r"--gamma in \[0, 1\], got 1.5"),
         (dict(kl_budget=0.0), "--kl-budget"),
@@ -177,7 +194,7 @@ def test_default_tasks_are_those_of_ogbench():
 )
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(trqam.Failure, match=message) as error:
-        trqam.resolve(trqam.Config(**wrong))
+        configure(**wrong)
     assert error.value.args[1] == 2
 
 
@@ -197,17 +214,20 @@ def test_help_documents_every_flag():
 def test_ensemble_is_its_members():
     """The batched ensemble computes what E separate MLPs compute."""
     generator = torch.Generator().manual_seed(0)
-    many = trqam.MLP([5, 7, 7, 2], True, 3, generator)
+    many = trqam.MLP([5, 7, 7, 2], True, generator, 3)
     x = torch.randn(4, 5, generator=generator)
     out = many(x)
     assert out.shape == (3, 4, 2)
     for e in range(3):
-        one = trqam.MLP([5, 7, 7, 2], True)
+        one = trqam.MLP([5, 7, 7, 2], True, generator)
         for name in ("weights", "biases", "scales", "offsets"):
             for a, b in zip(getattr(one, name), getattr(many, name), strict=True):
                 a.data = b.data[e].reshape(a.shape)
         torch.testing.assert_close(one(x), out[e])
     assert not torch.allclose(out[0], out[1])
+
+
+TOY = configure(device="cpu")
 
 
 def toy_data(lengths, S=3, A=2, seed=0):
@@ -222,21 +242,22 @@ def toy_data(lengths, S=3, A=2, seed=0):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5))
 def test_chunks_never_cross_an_episode_end(lengths, H):
-    """chunk_starts gives every window of H steps inside an episode, and no other."""
-    ends = np.cumsum(lengths)
-    expected = [
-        i
-        for i in range(ends[-1])
-        if any(e - n <= i and i + H <= e for e, n in zip(ends, lengths, strict=True))
-    ]
-    assert trqam.chunk_starts(toy_data(lengths)["terminals"], H).tolist() == expected
+    """A buffer draws from every window of H steps inside an episode, and from no other."""
+    ends, cfg = np.cumsum(lengths), dataclasses.replace(TOY, chunk=H)
+    inside = zip(ends, lengths, strict=True)
+    expected = [i for e, n in inside for i in range(e - n, e) if i + H <= e]
+    if expected:
+        assert trqam.ReplayBuffer(toy_data(lengths), cfg).starts.tolist() == expected
+    else:
+        with pytest.raises(trqam.Failure, match=f"a chunk of {H} actions"):
+            trqam.ReplayBuffer(toy_data(lengths), cfg)
 
 
 def test_replay_batches_are_chunks():
     """obs, D = H·A actions, Σ γ^i r_i, min of the masks, and the observation after the chunk."""
     lengths, H, gamma = [4, 7, 3], 3, 0.9
     data = toy_data(lengths)
-    cfg = trqam.resolve(trqam.Config(chunk=H, gamma=gamma, device="cpu"))
+    cfg = configure(chunk=H, gamma=gamma, device="cpu")
     buffer = trqam.ReplayBuffer(data, cfg)
     later = toy_data([5], seed=1)
     buffer.add(later)
@@ -253,8 +274,7 @@ def test_replay_batches_are_chunks():
         np.testing.assert_allclose(batch["rewards"][b], reward, rtol=1e-5)
         assert batch["masks"][b] == data["masks"][window].min()
         np.testing.assert_array_equal(batch["next_obs"][b], data["next_observations"][i + H - 1])
-    assert seen == set(trqam.chunk_starts(data["terminals"], H).tolist())
-    assert len(buffer.online()["rewards"]) == 5
+    assert seen == {0, 1, *range(4, 9), 11, *range(14, 17)}
 
 
 # ======================================================================= runs, on a toy dataset
@@ -285,16 +305,15 @@ def write_dataset(folder, episodes=3, length=51, **changes):
         np.savez(folder / name, **{k: v for k, v in arrays.items() if v is not None})
 
 
-def command(run_dir, dataset_dir, *flags, **changes):
+def command(run_dir, dataset_dir, *switches, **changes):
     fields = TINY | dict(run_dir=run_dir, dataset_dir=dataset_dir) | changes
-    pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in fields.items()]
-    return [*TRQAM, *itertools.chain(*pairs), *flags]
+    return [*TRQAM, *flags(**fields), *switches]
 
 
-def call(run_dir, dataset_dir, *flags, code=0, **changes):
+def call(run_dir, dataset_dir, *switches, code=0, **changes):
     """Run trqam.py in a process of its own; returns its screen."""
     environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run(command(run_dir, dataset_dir, *flags, **changes), env=environment,
+    done = subprocess.run(command(run_dir, dataset_dir, *switches, **changes), env=environment,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -307,7 +326,7 @@ def read_csv(path):
 def contents(run_dir):
     """All of a run that must be the same to the bit: weights, optimiser, state, CSVs."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
-    saved["state"].pop("seconds")
+    assert saved["state"].pop("seconds") > 0
     for row in saved["state"]["train"]:
         row.pop("seconds")
     csvs = [(run_dir / f"{name}.csv").read_text().splitlines() for name in ("train", "eval")]
@@ -373,29 +392,91 @@ def test_same_seed_same_numbers(finished, dataset_dir, tmp_path):
         finished[0] / "train.csv").read_text().split("\n")[1]  # fmt: skip
 
 
-@pytest.mark.parametrize("number, times", [("SIGKILL", 6), ("SIGTERM", 1), ("SIGINT", 1)])
-def test_resume_is_exact(finished, dataset_dir, tmp_path, number, times):
-    """Killed again and again and resumed, a run ends as one that was never interrupted."""
-    changes, codes, number = dict(online_steps=420, online_start=210), [], signal.Signals[number]
-    rng = np.random.default_rng(int(number))
-    for _ in range(times):
-        log = tmp_path / "train.csv"
-        before = log.read_text().count("\n") if log.exists() else 0
-        argv = command(tmp_path, dataset_dir, "--resume", **changes)
-        options = dict(env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
-        process = subprocess.Popen(argv, stderr=subprocess.DEVNULL, **options)
-        rows = before + int(rng.integers(1, 40))
-        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < rows):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(number)
-        codes.append(process.wait(60))
-        if codes[-1] == 0:
-            break
-    expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-    assert expected in codes and set(codes) <= {0, expected}
-    if codes[-1] != 0:
-        call(tmp_path, dataset_dir, "--resume", **changes)
+def fork(argv, prepare=lambda: None, screen=os.devnull) -> int:
+    """trqam.py in a forked process (no imports, so soon at work), its output in a file; the pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            with open(screen, "wb") as file:
+                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = argv[1:]
+            prepare()
+            code = trqam.main()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def wait(pid) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die_in_write(nth):
+    """SIGKILL when half of the nth checkpoint is written."""
+    count, save = iter(range(1, 10**6)), torch.save
+
+    def half(content, file):
+        if next(count) < nth:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+ONLINE = dict(online_steps=420, online_start=210)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+@needs_fork
+def test_resume_is_exact_after_sigkill_in_every_phase(finished, dataset_dir, tmp_path):
+    """Killed at 14 moments and resumed, a run ends, to the bit, as one never interrupted.
+
+    9 when so many rows are logged (1-4 pretraining, 5-8 offline), 5 half-way in a write.
+    """
+    argv, rng = command(tmp_path, dataset_dir, "--resume", **ONLINE), np.random.default_rng(0)
+    points = [1, "write 1", 3, "write 2", 5, 7, "write 3", 9, 30, "write 2", 50, 70, "write 1", 90]
+    log, killed = tmp_path / "train.csv", 0
+    for point in points:
+        if isinstance(point, str):
+            pid = fork(argv, functools.partial(die_in_write, int(point[-1])))
+        else:
+            pid, deadline = fork(argv), time.time() + 120
+            while not log.exists() or log.read_text().count("\n") <= point:
+                assert time.time() < deadline
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+        killed += wait(pid) == -signal.SIGKILL
+    assert killed == len(points)
+    assert wait(fork(argv)) == 0
+    assert_same(contents(finished[0]), contents(tmp_path))
+    steps = [int(row["step"]) for row in read_csv(log)]
+    assert steps == list(range(5, 461, 5))  # no row twice, none missing
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@needs_fork
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupt_saves_and_resume_is_exact(finished, dataset_dir, tmp_path, number, code):
+    """SIGTERM and Ctrl-C save, say how to go on, and exit with 143 and 130."""
+    argv, log = command(tmp_path, dataset_dir, "--resume", **ONLINE), tmp_path / "train.csv"
+    for rows in (2, 6, 40):
+        screen = tmp_path / "screen"
+        pid = fork(argv, screen=screen)
+        while not log.exists() or log.read_text().count("\n") <= rows:
+            time.sleep(0.002)
+        os.kill(pid, number)
+        assert wait(pid) == code and "--resume" in screen.read_text()
+        saved = trqam.load_checkpoint(tmp_path / "checkpoint.pt")["state"]
+        assert saved["step"] >= 5 * rows or rows == 40  # online: at the last end of an episode
+    assert wait(fork(argv)) == 0
     assert_same(contents(finished[0]), contents(tmp_path))
 
 
@@ -489,10 +570,7 @@ def test_pretraining_trains_the_flow_alone_and_is_handed_over():
 
 def test_update_never_reads_the_device():
     """On the meta device there is nothing to read: .item() or a branch on a tensor would raise."""
-    cfg = trqam.Config(
-        width=8, layers=2, critics=3, flow_steps=4, chunk=2, scale="paper", device="cpu"
-    )
-    agent = trqam.Agent(trqam.resolve(cfg), 3, 2).to("meta")
+    agent = golden_agent().float().to("meta")
     agent.reset_optimizer()
     batch, noise = ({k: v.float().to("meta") for k, v in d.items()} for d in golden_inputs(1))
     agent.optimizer.step = lambda: None  # Adam keeps its step count on the CPU, by design
@@ -504,8 +582,7 @@ def test_update_never_reads_the_device():
 
 
 def collect(folder, workers):
-    cfg = trqam.Config(transitions=2000, workers=workers, cache_dir=str(folder), device="cpu")
-    cfg = trqam.resolve(cfg)
+    cfg = configure(transitions=2000, workers=workers, cache_dir=folder, device="cpu")
     return trqam.collect(cfg, "cube-single"), cfg
 
 
@@ -536,43 +613,54 @@ def test_collected_data_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
-    """After SIGKILL in a collection no file is taken for a dataset, and no process is left."""
-    flags = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=3000, workers=1)
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_collection_leaves_nothing(tmp_path, dataset_dir, number, code):
+    """SIGKILL to the parent, SIGTERM to all as a cluster sends it: no file is taken for a dataset,
+    and no process is left."""
+    changes = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=3000, workers=1)
     options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command(tmp_path / "run", dataset_dir, **flags), **options)
+    argv = command(tmp_path / "run", dataset_dir, **changes)
+    process = subprocess.Popen(argv, start_new_session=True, **options)
     while "collecting" not in process.stderr.readline():
         pass
     time.sleep(4)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    process.wait()
-    assert not [f for f in tmp_path.rglob("*.npz") if "-val" not in f.name]
+    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
+    assert process.wait(60) == code
+    assert not list(tmp_path.rglob("*.npz"))
     deadline = time.time() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in children) and time.time() < deadline:
         time.sleep(0.2)
     assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
-def test_unreachable_host_is_found_out_in_time():
-    """A refused connection is told at once, a silent host within the limit."""
-    assert "refused" in trqam.unreachable("http://127.0.0.1:9/x.npz")
+def test_unreachable_host_is_found_out_in_time(dataset_dir, tmp_path, monkeypatch, capsys):
+    """A refused connection is told at once, a silent host in 10 s; then data are collected."""
+    collected = dataset_dir / "cube-single-play-v0.npz"
+    monkeypatch.setattr(trqam, "collect", lambda cfg, domain: collected)
+    cfg = configure(dataset_dir=tmp_path, device="cpu")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        start = time.monotonic()
-        problem = trqam.unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/x.npz", 1)
-        assert problem and time.monotonic() - start < 3
+        hosts = (("127.0.0.1:9", 1, "refused"), (f"127.0.0.1:{silent.getsockname()[1]}", 12, ""))
+        for host, seconds, reason in hosts:
+            monkeypatch.setattr(ogbench.utils, "DATASET_URL", f"http://{host}")
+            start = time.monotonic()
+            assert trqam.load_data(cfg)[3]["source"] == "scripted"
+            assert time.monotonic() - start < seconds
+            screen = capsys.readouterr().out
+            assert f"trying http://{host}/cube-single-play-v0.npz" in screen
+            assert reason in screen and "going on with data of OGBench's scripted oracles" in screen
 
 
 def test_no_data_to_be_had(tmp_path, monkeypatch):
     """Mazes can't be collected: the error names the files, the folder and the flag."""
-    monkeypatch.setattr(trqam, "unreachable", lambda url: "no network in tests")
+    monkeypatch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9")
     for env, data in (("antmaze-large", "auto"), ("cube-single", "ogbench")):
-        cfg = trqam.Config(env=env, data=data, dataset_dir=str(tmp_path), device="cpu")
+        cfg = configure(env=env, data=data, dataset_dir=tmp_path, device="cpu")
         with pytest.raises(trqam.Failure, match=rf"put {env}.*-val\.npz into .*--dataset-dir"):
-            trqam.load_data(trqam.resolve(cfg))
-    cfg = trqam.resolve(trqam.Config(env="antmaze-large", data="scripted", device="cpu"))
+            trqam.load_data(cfg)
+    cfg = configure(env="antmaze-large", data="scripted", device="cpu")
     with pytest.raises(trqam.Failure, match="cube, scene or puzzle") as error:
         trqam.load_data(cfg)
     assert error.value.args[1] == 2
@@ -584,7 +672,6 @@ def test_no_data_to_be_had(tmp_path, monkeypatch):
         (dict(observations=np.zeros((153, 27), np.float32)), r"observations of shape \(150, 28\)"),
         (dict(actions=np.full((153, 5), np.nan, np.float32)), "finite actions"),
         (dict(actions=np.full((153, 5), 1.5, np.float32)), r"actions in \[-1, 1\]"),
-        (dict(terminals=np.arange(153) % 3 == 2), "a chunk of 5 actions"),
         (dict(qpos=None), "a damaged"),
         ("truncated", "a damaged"),
     ],
@@ -594,7 +681,7 @@ def test_damaged_datasets_are_refused(tmp_path, changes, message):
     if changes == "truncated":
         file = tmp_path / "cube-single-play-v0.npz"
         file.write_bytes(file.read_bytes()[:5000])
-    cfg = trqam.resolve(trqam.Config(data="ogbench", dataset_dir=str(tmp_path), device="cpu"))
+    cfg = configure(data="ogbench", dataset_dir=str(tmp_path), device="cpu")
     with pytest.raises(trqam.Failure, match=message):
         trqam.load_data(cfg)
 
@@ -606,8 +693,8 @@ def test_wrong_calls_exit_with_2(finished, dataset_dir, tmp_path):
     """Unknown environment; a folder that holds a run; a resume with other settings."""
     assert "cube-double" in call(tmp_path, dataset_dir, code=2, env="cube-sinlge")
     assert "--resume" in call(finished[0], dataset_dir, code=2)
-    flags = dict(online_steps=420, online_start=210)
-    assert "batch 8 -> 9" in call(finished[0], dataset_dir, "--resume", code=2, batch=9, **flags)
+    screen = call(finished[0], dataset_dir, "--resume", code=2, batch=9, **ONLINE)
+    assert "batch 8 -> 9" in screen
 
 
 def test_eval_only_repeats_the_final_evaluation(finished, dataset_dir):
@@ -640,3 +727,149 @@ def test_checkpoints_run_no_code(tmp_path):
     with pytest.raises(trqam.Failure, match="damaged or unsafe"):
         trqam.Agent.load(path)
     assert not (tmp_path / "owned").exists()
+
+
+# ============================================================================== what it survives
+
+NUMBERS = [f for f in dataclasses.fields(trqam.Config) if f.type in ("int", "float")]
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_every_number_has_its_range(field):
+    """A flag takes the ends of its range, and refuses what is outside."""
+    low, high = trqam.RANGES.get(field.name, (1, 10**9) if field.type == "int" else (0, 1))
+    beyond = 1 if field.type == "int" else 1e-7
+    kind = int if field.type == "int" else float
+    for end, outside in ((low, low - beyond), (high, high + 2 * beyond)):
+        assert getattr(configure(device="cpu", **{field.name: kind(end)}), field.name) == end
+        with pytest.raises(trqam.Failure, match=f"--{field.name.replace('_', '-')} in ") as error:
+            configure(device="cpu", **{field.name: kind(outside)})
+        assert error.value.args[1] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_cuda_asked_for_and_absent():
+    with pytest.raises(trqam.Failure, match="expected a cuda device, got none; use --device cpu"):
+        configure(device="cuda")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", dict(format=0)], ids=str)
+def test_resume_refuses_a_damaged_checkpoint(finished, dataset_dir, tmp_path, content):
+    """Damaged, cut or of another version: told before anything is done, and left as it is."""
+    path, whole = tmp_path / "checkpoint.pt", (finished[0] / "checkpoint.pt").read_bytes()
+    if isinstance(content, dict):
+        torch.save(content, path)
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    before = path.read_bytes()
+    cfg = configure(**TINY, **ONLINE, resume=True, run_dir=tmp_path, dataset_dir=dataset_dir)
+    with pytest.raises(trqam.Failure, match=r"expected (a checkpoint, got a damaged|.* format 1)"):
+        trqam.train(cfg)
+    assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == [path.name]
+
+
+def test_resume_refuses_other_data(finished, dataset_dir, tmp_path):
+    """The checkpoint knows the data of its run."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    write_dataset(tmp_path, episodes=4)
+    cfg = configure(**TINY, **ONLINE, resume=True, run_dir=tmp_path / "run", dataset_dir=tmp_path)
+    with pytest.raises(trqam.Failure, match="expected the run's data, got others"):
+        trqam.train(cfg)
+
+
+@needs_fork
+def test_unwritable_and_full_folders_are_told_at_the_start(dataset_dir, tmp_path):
+    """Not a folder; no room for a checkpoint: exit code 1 before the first update."""
+    (tmp_path / "file").write_text("")
+    screen = tmp_path / "screen"
+    assert wait(fork(command(tmp_path / "file" / "run", dataset_dir), screen=screen)) == 1
+    assert "error: [Errno" in screen.read_text()
+
+    def full():  # files can't grow beyond 20 kB, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    assert wait(fork(command(tmp_path / "run", dataset_dir), full, screen)) == 1
+    assert "error: [Errno 27]" in screen.read_text()
+    assert (tmp_path / "run" / "train.csv").read_text().strip() == ""
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(log_interval=100, save_interval=1)])
+def test_non_finite_numbers_stop_the_run(tmp_path, changes):
+    """Finite data that overflow: the run stops with step and terms; the checkpoint is finite."""
+    write_dataset(tmp_path, observations=np.full((153, 28), 1e30, np.float32))
+    fields = TINY | changes | dict(run_dir=tmp_path / "run", dataset_dir=tmp_path)
+    message = "finite parameters at step 1," if changes else r"(?s)before step 5.*'flow_loss': nan"
+    with pytest.raises(trqam.Failure, match=message):
+        trqam.train(configure(**fields))
+    saved = trqam.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["state"]["step"] == 0
+    assert all(x.isfinite().all() for x in saved["agent"].values())
+
+
+class Adversary(torch.nn.Module):
+    """A critic as bad as it gets: (B, S), (B, D) -> (3, B, 1)."""
+
+    def __init__(self, kind, scale):
+        super().__init__()
+        self.kind, self.scale = kind, torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, obs, x):
+        s = x.sum(-1, keepdim=True)
+        q = dict(huge=s, steps=torch.sign(x).sum(-1, keepdim=True) + s * (s > 0), constant=0 * s)
+        q["nan"] = torch.where(s.abs() < 0.3, torch.nan, s)
+        q["root"] = s.abs().sqrt()  # infinite slope at 0
+        return (self.scale * (1 + q[self.kind])).expand(3, -1, -1)
+
+
+adversaries = st.sampled_from(["huge", "steps", "constant", "nan", "root"])
+
+
+@settings(max_examples=60)
+@given(adversaries, st.floats(-3, 36), st.integers(0, 2**31))
+def test_adversarial_critics(kind, exponent, seed):
+    """Whatever the critic: λ in its bracket and all finite, or metrics that stop the run."""
+    agent = golden_agent().float()
+    agent.critic, agent.target_critic = (Adversary(kind, 10.0**exponent) for _ in range(2))
+    agent.target_critic.requires_grad_(False)
+    agent.reset_optimizer()
+    generator = torch.Generator().manual_seed(seed)
+    for s in (1, 2, 3):
+        batch = {k: v.float() for k, v in golden_inputs(s)[0].items()}
+        metrics = agent.update(batch, agent.draw_noise(6, generator))
+        stopped = not all(math.isfinite(v) for v in metrics.values())
+        if stopped:
+            break
+        assert 0.03 * (1 - 1e-6) <= float(metrics["lam"]) <= 300
+        assert 0 <= float(metrics["kl_ema"]) <= 2 * agent.cfg.kl_budget
+        assert all(x.isfinite().all() for x in agent.state_dict().values())
+    assert not (stopped and exponent < 6 and kind in ("huge", "steps", "constant"))
+
+
+def test_run_with_a_critic_that_is_nan_somewhere(dataset_dir, tmp_path, monkeypatch):
+    """The run stops with the step, the terms and λ, and keeps the last finite checkpoint."""
+
+    class Bad(trqam.Agent):
+        def finish_pretraining(self):
+            super().finish_pretraining()
+            self.target_critic.forward = lambda obs, x: Adversary("nan", 1.0)(obs, x)[:2]
+
+    monkeypatch.setattr(trqam, "Agent", Bad)
+    fields = TINY | dict(run_dir=tmp_path, dataset_dir=dataset_dir, batch=64)
+    with pytest.raises(trqam.Failure, match=r"(?s)before step 25.*'matching_loss': nan.*'lam'"):
+        trqam.train(configure(**fields))
+    saved = trqam.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert saved["state"]["step"] == 20  # the end of pretraining
+    assert all(x.isfinite().all() for x in saved["agent"].values())
+
+
+@needs_fork
+def test_runs_that_start_at_once_share_one_cache(dataset_dir, tmp_path):
+    """Each collects, the file is the same and whole whoever is last, and so are the runs."""
+    changes = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=1000, workers=1)
+    runs = [tmp_path / name for name in "ab"]
+    pids = [fork(command(run, dataset_dir, **changes), screen=f"{run}.log") for run in runs]
+    assert [wait(pid) for pid in pids] == [0, 0], [Path(f"{run}.log").read_text() for run in runs]
+    assert_same(*map(contents, runs))
+    names = [file.name for file in (tmp_path / "cache").iterdir()]
+    assert len(names) == 2 and all(name.endswith(".npz") for name in names)

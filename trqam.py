@@ -30,7 +30,7 @@ import importlib.metadata
 import itertools
 import json
 import math
-import multiprocessing as mp
+import multiprocessing
 import os
 import re
 import signal
@@ -40,11 +40,12 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
@@ -56,89 +57,83 @@ import ogbench
 import torch
 import torch.nn.functional as F
 import tyro
+from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # ======================================================================================= settings
 
-MANIPULATION = ["cube-single", "cube-double", "cube-triple", "cube-quadruple", "scene"]
-MANIPULATION += ["puzzle-3x3", "puzzle-4x4", "puzzle-4x5", "puzzle-4x6"]
+MANIPULATION = [f"cube-{number}" for number in ("single", "double", "triple", "quadruple")]
+MANIPULATION += ["scene", *(f"puzzle-{size}" for size in ("3x3", "4x4", "4x5", "4x6"))]
 MAZES = [f"{body}maze-{m}" for body in ("ant", "humanoid") for m in ("medium", "large", "giant")]
 MAZES += [f"pointmaze-{m}" for m in ("medium", "large", "giant", "teleport")]
 MAZES += ["antmaze-teleport", "antsoccer-arena", "antsoccer-medium"]
 KINDS = "play|noisy|navigate|stitch|explore"
-SCALES = dict(  # paper: the published sizes and steps; laptop: what 2 cores finish in 40 minutes
-    paper=dict(critics=10, flow_steps=10, batch=256, lr=3e-4, pretrain_lr=3e-4, tau=0.005)
-    | dict(pretrain_decay=False, pretrain_steps=300_000, offline_steps=1_000_000)
-    | dict(eval_interval=50_000, eval_episodes=50, log_interval=1_000, save_interval=10_000)
-    | dict(transitions=1_000_000),  # kl_budget and the rest: per domain, in `resolve`
-    laptop=dict(critics=10, flow_steps=5, batch=128, lr=6e-4, pretrain_lr=1e-3, tau=0.01)
-    | dict(pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000, width=256)
-    | dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
-    | dict(transitions=300_000, kl_budget=0.5),
-)
+LAPTOP: dict[str, Any] = dict(width=256, flow_steps=5, batch=128, lr=6e-4, tau=0.01, kl_budget=0.5)
+LAPTOP |= dict(pretrain_lr=1e-3, pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000)
+LAPTOP |= dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
+LAPTOP |= dict(transitions=300_000)  # what 2 cores finish in 40 minutes
 
 
 @dataclass(frozen=True)
-class Config:
-    # What is left at None comes from the domain and the scale, and is printed at the start.
+class Config:  # the defaults are the paper's; `parse` adapts them to the domain and the scale
     env: str = "cube-single"  # OGBench domain, or full id (cube-single-play-singletask-task2-v0)
-    task: int | None = None  # single task 1-5; None: OGBench's default of the domain
+    task: int = 0  # single task 1-5; 0: OGBench's default of the domain
     scale: Literal["auto", "paper", "laptop"] = "auto"  # auto: paper on CUDA, else laptop
     seed: int = 0  # of the networks, the training and the evaluation episodes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
-    run_dir: str | None = None  # folder of the run; None: runs/<env>-task<k>/seed<n>
+    run_dir: str = ""  # folder of the run; empty: runs/<env>-task<k>/seed<n>
     resume: bool = False  # go on from the run's checkpoint, if there is one
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
     benchmark: bool = False  # only measure the seconds per update
-
     # ogbench: the official dataset, downloaded if need be; scripted: collected here with OGBench's
     # oracles (cube, scene, puzzle); auto: the official one, scripted if its host can't be reached
     data: Literal["auto", "ogbench", "scripted"] = "auto"
     dataset_dir: str = "~/.ogbench/data"  # folder of the official datasets
     cache_dir: str = "~/.cache/trqam"  # folder of the datasets collected here
-    transitions: int | None = None  # size of a collected dataset (in episodes of 1000)
+    transitions: int = 1_000_000  # size of a collected dataset (in episodes of 1000)
     data_seed: int = 0  # seed of the collection; the number of processes does not matter
-    workers: int | None = None  # processes that collect; None: one per core
+    workers: int = os.cpu_count() or 1  # processes that collect
 
-    width: int | None = None  # hidden width of all networks
+    width: int = 512  # hidden width of all networks
     layers: int = 4  # hidden layers of all networks
-    critics: int | None = None  # ensemble size E
-    flow_layer_norm: bool | None = None  # LayerNorm in the flows; the critics always have it
-    chunk: int | None = None  # actions per chunk H, executed open loop
-    flow_steps: int | None = None  # Euler steps K of the flow and of the SDE
-    gamma: float | None = None  # discount γ per environment step
-    rho: float | None = None  # pessimism ρ: targets are mean − ρ std over the critics
-    tau: float | None = None  # Polyak rate of the target critic and of the base flow
-
+    critics: int = 10  # ensemble size E
+    flow_layer_norm: bool = False  # LayerNorm in the flows; the critics always have it
+    chunk: int = 5  # actions per chunk H, executed open loop
+    flow_steps: int = 10  # Euler steps K of the flow and of the SDE
+    gamma: float = 0.995  # discount γ per environment step
+    rho: float = 0.5  # pessimism ρ: targets are mean − ρ std over the critics
+    tau: float = 0.005  # Polyak rate of the target critic and of the base flow
     # ε_KL, nats per action of the chunk: how far the policy may go from the data. The paper tunes
     # it per domain (mostly 0.5-1.5); its table was not available to us, so mostly 1.0 here
-    kl_budget: float | None = None
-    fixed_lambda: float | None = None  # fix λ, no dual descent: QAM at inverse temperature 1/λ
+    kl_budget: float = 1.0
+    fixed_lambda: float = 0.0  # if not 0: fix λ, no dual descent (QAM, inverse temperature 1/λ)
     frozen_base: bool = False  # keep the base flow as pretrained; else its cloning goes on
 
-    batch: int | None = None  # chunks per update
-    lr: float | None = None  # Adam's learning rate, offline and online
-    pretrain_lr: float | None = None  # Adam's learning rate in pretraining
-    pretrain_decay: bool | None = None  # cosine decay of it, to 0
-    pretrain_steps: int | None = None  # updates of behaviour cloning
-    offline_steps: int | None = None  # TRQAM updates on the dataset
+    batch: int = 256  # chunks per update
+    lr: float = 3e-4  # Adam's learning rate, offline and online
+    pretrain_lr: float = 3e-4  # Adam's learning rate in pretraining
+    pretrain_decay: bool = False  # cosine decay of it, to 0
+    pretrain_steps: int = 300_000  # updates of behaviour cloning
+    offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
-    eval_interval: int | None = None  # updates between evaluations
-    eval_episodes: int | None = None  # episodes of such an evaluation
+    eval_interval: int = 50_000  # updates between evaluations
+    eval_episodes: int = 50  # episodes of such an evaluation
     final_episodes: int = 50  # episodes at the end of each phase, on seeds of their own
-    log_interval: int | None = None  # updates per row of train.csv, which holds their averages
-    save_interval: int | None = None  # updates between checkpoints
+    log_interval: int = 1_000  # updates per row of train.csv, which holds their averages
+    save_interval: int = 10_000  # updates between checkpoints
 
 
-MAY_CHANGE = ("resume", "eval_only", "video", "benchmark", "device", "run_dir", "dataset_dir")
-MAY_CHANGE += ("cache_dir", "workers")  # on --resume: they say where and how to run, not what
-RANGES = dict(task=(1, 5), flow_steps=(2, 1000), transitions=(1000, 10**9), rho=(0, 100))
-RANGES |= dict.fromkeys(("kl_budget", "fixed_lambda"), (1e-6, 1e6))
-RANGES |= dict.fromkeys(("seed", "data_seed", "online_start"), (0, 2**62))
-RANGES |= dict.fromkeys(("offline_steps", "online_steps"), (0, 2**62))
+# on --resume these may change: they say where and how to run, not what
+MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "device", "run_dir", "dataset_dir"]
+MAY_CHANGE += ["cache_dir", "workers"]
+# of the numbers; where nothing is said, integers start at 1 and the others are from 0 to 1
+RANGES: dict[str, tuple[float, float]] = dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100))
+RANGES |= dict(kl_budget=(1e-6, 1e6), fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
+RANGES |= dict.fromkeys(("seed", "data_seed", "offline_steps", "online_steps"), (0, 10**9))
+RANGES |= dict(online_start=(0, 10**9))
 
 
 class Failure(Exception):
@@ -151,35 +146,37 @@ def expect(ok: bool, expected: str, got: object, todo: str = "", code: int = 1) 
         raise Failure(f"expected {expected}, got {got}" + (f"; {todo}" if todo else ""), code)
 
 
-def resolve(cfg: Config) -> Config:
-    """Fill what is left at None: explicit flag > laptop scale > domain > paper. Raises Failure."""
-    given = {k: v for k, v in asdict(cfg).items() if v is not None}
-    for k, v in given.items():
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            low, high = RANGES.get(k, (1, 10**9) if isinstance(v, int) else (0, 1))
-            expect(low <= v <= high, f"--{k.replace('_', '-')} in [{low}, {high}]", v, code=2)
-    full = re.fullmatch(rf"(.+)-({KINDS})-singletask(?:-task([1-5]))?-v0", cfg.env)
-    domain = full[1] if full else cfg.env
-    known = f"--env to be one of {', '.join(MANIPULATION + MAZES)}, or a full OGBench id of one"
-    expect(domain in MANIPULATION or domain in MAZES, known, repr(cfg.env), code=2)
-    kind = full[2] if full else "play" if domain in MANIPULATION else "navigate"
-    default = 2 if domain in MANIPULATION else 1
-    default = 4 if domain in ("puzzle-3x3", "puzzle-4x4") or "soccer" in domain else default
-    task = int((full and full[3]) or cfg.task or default)
-    expect(cfg.task in (None, task), f"--task {task}, as in --env", cfg.task, code=2)
+def parse(args: list[str]) -> Config:
+    """Settings: explicit flag > laptop scale > domain > paper. Raises Failure, SystemExit."""
+    cfg = tyro.cli(Config, args=[arg for arg in args if arg not in ("-h", "--help")])
+    names = "|".join(MANIPULATION + MAZES)
+    match = re.fullmatch(f"({names})(?:-({KINDS})-singletask(?:-task([1-5]))?-v0)?", cfg.env)
+    known = f"--env to be one of {names.replace('|', ', ')}, or a full OGBench id of one"
+    domain, kind, task = match.groups() if match else ("", "", "")
+    expect(domain != "", known, repr(cfg.env), code=2)
+    default = 4 if domain in ("puzzle-3x3", "puzzle-4x4") or "soccer" in domain else 2
+    task = int(task or cfg.task or (1 if "maze" in domain else default))
+    expect(cfg.task in (0, task), f"--task {task}, as in --env", cfg.task, code=2)
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     device = ("cuda" if there["cuda"] else "cpu") if cfg.device == "auto" else cfg.device
     expect(there[device], f"a {device} device", "none", "use --device cpu or another torch", 2)
     scale = ("paper" if device == "cuda" else "laptop") if cfg.scale == "auto" else cfg.scale
     wide = domain in ("antmaze-giant", "puzzle-4x4", "cube-triple", "cube-quadruple")
-    humanoid, tight = "humanoid" in domain, domain in ("humanoidmaze-medium", "cube-triple")
-    published = dict(width=1024 if wide else 512, flow_layer_norm=wide)
-    published |= dict(chunk=5 if domain in MANIPULATION else 1, kl_budget=0.5 if tight else 1.0)
-    published |= dict(gamma=0.999 if humanoid else 0.995, rho=0.0 if humanoid else 0.5)
-    env, name = f"{domain}-{kind}-singletask-task{task}-v0", f"{domain}-{kind}" if full else domain
-    run_dir = cfg.run_dir or f"runs/{name}-task{task}/seed{cfg.seed}"
-    fixed = dict(env=env, task=task, device=device, scale=scale, run_dir=run_dir)
-    return Config(**SCALES["paper"] | published | SCALES[scale] | given | fixed)
+    preset: dict[str, Any] = dict(width=1024 if wide else 512, flow_layer_norm=wide)
+    preset |= dict(chunk=1) if domain in MAZES else {}
+    preset |= dict(gamma=0.999, rho=0.0) if "humanoid" in domain else {}
+    preset |= dict(kl_budget=0.5) if domain in ("humanoidmaze-medium", "cube-triple") else {}
+    preset |= LAPTOP if scale == "laptop" else {}
+    cfg = tyro.cli(Config, args=args, default=Config(**preset), description=__doc__)
+    for k, v in asdict(cfg).items():
+        if isinstance(v, (int, float)) and not isinstance(v, bool):
+            low, high = RANGES.get(k, (1, 10**9) if isinstance(v, int) else (0, 1))
+            expect(low <= v <= high, f"--{k.replace('_', '-')} in [{low}, {high}]", v, code=2)
+    run_dir = (
+        cfg.run_dir or f"runs/{re.sub('-singletask.*', '', cfg.env)}-task{task}/seed{cfg.seed}"
+    )
+    env = f"{domain}-{kind or ('navigate' if domain in MAZES else 'play')}-singletask-task{task}-v0"
+    return replace(cfg, env=env, task=task, device=device, scale=scale, run_dir=run_dir)
 
 
 # ======================================================================================= networks
@@ -189,23 +186,25 @@ class MLP(nn.Module):
     """MLP with tanh-GELU, or an ensemble of E of them evaluated as one.
 
     Weights ([E,] in, out) start Xavier-uniform, biases at zero; `layer_norm`: a LayerNorm with
-    ε = 1e-6 after each activation. Inputs are concatenated: (..., in) -> ([E,] ..., out).
+    ε = 1e-6 after each activation. A flow policy is one of (s, x_t, t), a critic of (s, chunk).
     """
 
-    def __init__(self, sizes, layer_norm: bool, ensemble: int = 0, generator=None):
+    def __init__(self, sizes: list[int], layer_norm: bool, gen: torch.Generator, ensemble: int = 0):
         super().__init__()
         lead, row = ((ensemble,), (ensemble, 1)) if ensemble else ((), ())
-        uniform = partial(torch.rand, generator=generator)
         pairs = list(itertools.pairwise(sizes))
-        weights = [(2 * uniform(*lead, i, o) - 1) * math.sqrt(6 / (i + o)) for i, o in pairs]
-        self.weights = nn.ParameterList(weights)
+        uniform = [2 * torch.rand(*lead, i, o, generator=gen) - 1 for i, o in pairs]
+        bounds = [math.sqrt(6 / (i + o)) for i, o in pairs]
+        self.weights = nn.ParameterList(map(torch.mul, uniform, bounds))
         self.biases = nn.ParameterList(torch.zeros(*row, o) for _, o in pairs)
         normed = sizes[1:-1] if layer_norm else []
         self.scales = nn.ParameterList(torch.ones(*row, n) for n in normed)
         self.offsets = nn.ParameterList(torch.zeros(*row, n) for n in normed)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        x = torch.cat(inputs, -1)
+        """(..., B or 1, in) each -> ([E,] ..., B, out)."""
+        lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        x = torch.cat([x.expand(*lead, -1) for x in inputs], -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i > 0:
                 x = F.gelu(x, approximate="tanh")
@@ -217,14 +216,6 @@ class MLP(nn.Module):
             else:
                 x = torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
         return x
-
-
-class FlowPolicy(MLP):
-    """Velocity v(s, x_t, t) of a flow over action chunks."""
-
-    def forward(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """obs (B, S), x (..., B, D), t broadcastable to (..., B, 1) -> velocity (..., B, D)."""
-        return super().forward(obs.expand(*x.shape[:-1], -1), x, t.expand(*x.shape[:-1], 1))
 
 
 # ================================================================================ mathematics
@@ -299,9 +290,7 @@ def simulate_sde(
 @torch.no_grad()
 def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor) -> Tensor:
     """∇_x mean_E Q(clip(x, −1, 1)), none outside the box; q maps (B, D) to (E, B); (B, D)."""
-    values, vjp = torch.func.vjp(lambda x: q(x.clamp(-1, 1)).mean(0), x_1)
-    (gradient,) = vjp(torch.ones_like(values))
-    return gradient
+    return torch.func.grad(lambda x: q(x.clamp(-1, 1)).mean(0).sum())(x_1)
 
 
 @torch.no_grad()
@@ -320,9 +309,9 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     for k in reversed(range(K)):
         end = t[k] + 1 / K
         time = t[k] if exact else end
-        _, vjp = torch.func.vjp(lambda x, s=time, e=end: 2 * v_base(x, s) - x / e, path[k])
-        (pulled_back,) = vjp(adjoint[-1])
-        adjoint.append(adjoint[-1] + pulled_back / K)
+        pull_back = torch.func.vjp(lambda x, s=time, e=end: 2 * v_base(x, s) - x / e, path[k])[1]
+        (pulled,) = pull_back(adjoint[-1])
+        adjoint.append(adjoint[-1] + pulled / K)
     return torch.stack(adjoint[::-1])
 
 
@@ -387,8 +376,6 @@ def dual_step(
 
 # ========================================================================================== agent
 
-LAMBDA_SCALE = 3.0  # λ = 3 ℓ (authors' code)
-
 
 class Agent(nn.Module):
     """Base flow, fine-tuned flow, critics and trust region, and one update of them all.
@@ -399,29 +386,28 @@ class Agent(nn.Module):
 
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
         super().__init__()
-        self.cfg, self.action_dim, self.D = cfg, action_dim, cfg.chunk * action_dim
+        self.cfg, self.dims, self.D = cfg, (obs_dim, action_dim), cfg.chunk * action_dim
         gen = torch.Generator().manual_seed(cfg.seed)  # on the CPU: one start for every device
         n_in, hidden = obs_dim + self.D, [cfg.width] * cfg.layers
-        self.flow = FlowPolicy([n_in + 1, *hidden, self.D], cfg.flow_layer_norm, generator=gen)
-        self.critic = MLP([n_in, *hidden, 1], True, cfg.critics, gen)
+        self.flow = MLP([n_in + 1, *hidden, self.D], cfg.flow_layer_norm, gen)
+        self.critic = MLP([n_in, *hidden, 1], True, gen, cfg.critics)
         self.base = copy.deepcopy(self.flow).requires_grad_(False)
         self.policy = copy.deepcopy(self.flow)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("dual", torch.ones(()))  # ℓ
-        self.register_buffer("kl_ema", torch.zeros(()))  # D
-        self.to(cfg.device)
-        self.reset_optimizer()
+        self.dual: Tensor = nn.Buffer(torch.ones(()))  # ℓ
+        self.kl_ema: Tensor = nn.Buffer(torch.zeros(()))  # D
+        self.to(cfg.device).reset_optimizer()
 
     def reset_optimizer(self) -> None:
         """One Adam over the three trained nets; it starts afresh after pretraining."""
-        self.trained = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.trained, lr=self.cfg.lr)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=self.cfg.lr)
 
     @property
     def lam(self) -> Tensor:
-        """λ = 3 ℓ, or the fixed one (QAM)."""
+        """λ = 3 ℓ (authors' code), or the fixed one (QAM)."""
         fixed = self.cfg.fixed_lambda
-        return LAMBDA_SCALE * self.dual if fixed is None else torch.full_like(self.dual, fixed)
+        return torch.full_like(self.dual, fixed) if fixed else 3 * self.dual
 
     def draw_noise(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """All random numbers of one update, so that the update itself is deterministic."""
@@ -475,40 +461,40 @@ class Agent(nn.Module):
 
         # trust region: KL per action of the chunk, dual descent
         kl = path_kl(gap.detach()).mean() / cfg.chunk
-        if cfg.fixed_lambda is None:
+        if not cfg.fixed_lambda:
             self.kl_ema, self.dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
-        losses = dict(critic_loss=critic_loss, flow_loss=flow_loss, matching_loss=matching_loss)
-        metrics = {k: v.detach() for k, v in losses.items()} | dict(q_mean=q.detach().mean())
-        metrics |= dict(path_kl=kl, target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk)
+        metrics = dict(q_mean=q.mean(), critic_loss=critic_loss, flow_loss=flow_loss)
+        metrics |= dict(matching_loss=matching_loss, path_kl=kl, kl_ema=self.kl_ema, lam=self.lam)
+        metrics |= dict(target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk, grad_norm=grad_norm)
         metrics |= dict(adj_mean=terminal.abs().mean(), adj_max=terminal.abs().max())
-        return metrics | dict(grad_norm=grad_norm, lam=self.lam, kl_ema=self.kl_ema)
+        return {k: v.detach() for k, v in metrics.items()}
 
-    def _descend(self, loss: Tensor, copies: list[tuple[nn.Module, nn.Module]]) -> Tensor:
+    def _descend(self, loss: Tensor, copies: list[tuple[MLP, MLP]]) -> Tensor:
         """Clip at norm 1; Polyak, with the parameters from before Adam (authors' code); Adam."""
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         with torch.no_grad():
             for slow, fast in copies:
-                pair = list(slow.parameters()), list(fast.parameters())
-                torch._foreach_lerp_(*pair, self.cfg.tau)
+                old, new = [*slow.parameters()], [*fast.parameters()]
+                torch._foreach_lerp_(old, new, self.cfg.tau)  # type: ignore[arg-type]
         self.optimizer.step()
         return grad_norm
 
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action chunk (H, A) in [-1, 1] for an observation (S,), by the ODE of v_ft.
 
-        Its noise comes from `generator`, a CPU one, or from torch's global generator.
+        Its noise is drawn on the CPU, from `generator` or torch's global one.
         """
         x_0 = torch.randn(1, self.D, generator=generator).to(self.dual.device)
         v = partial(self.policy, torch.as_tensor(obs).to(x_0)[None])
-        return sample_flow(v, x_0, self.cfg.flow_steps).view(-1, self.action_dim).cpu().numpy()
+        return sample_flow(v, x_0, self.cfg.flow_steps).view(-1, self.dims[1]).cpu().numpy()
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> Agent:
         """The agent of a run's checkpoint.pt. Raises Failure if there is none or it is damaged."""
         saved = load_checkpoint(Path(path))
-        agent = cls(replace(Config(**saved["config"]), device=device), *saved["dims"])
+        agent = cls(Config(**saved["config"] | dict(device=device)), *saved["dims"])
         agent.load_state_dict(saved["agent"])
         return agent
 
@@ -517,6 +503,7 @@ class Agent(nn.Module):
 
 STACK = {"cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.05, 0.35)}
 STACK |= {"cube-quadruple": (0.1, 0.5)}  # OGBench's range of an episode's chance to stack a cube
+COLLECTOR: dict[str, Any] = {}  # in a collecting process: `env`, and its oracle per kind of object
 
 
 def seed_of(*key: int) -> int:
@@ -524,97 +511,78 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-@cache
-def oracle_env(domain: str) -> tuple[gymnasium.Env, dict]:
-    """OGBench's data-collection environment and its scripted oracle for each kind of object."""
-    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-
-    options = dict(mode="data_collection", terminate_at_goal=False, max_episode_steps=1001)
-    env = gymnasium.make(f"{domain}-v0", **options)
-    plan, shut = dict(env=env, noise=0.1, noise_smoothing=0.5), "puzzle" in domain
-    button = button_plan.ButtonPlanOracle(gripper_always_closed=shut, **plan)
+def start_collector(domain: str) -> None:
+    """Make a process ready to collect: signals are for its parent, with which it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    warnings.filterwarnings("ignore")
+    options: dict[str, Any] = dict(mode="data_collection", terminate_at_goal=False)
+    env = gymnasium.make(f"{domain}-v0", max_episode_steps=1001, **options)
+    plan: dict[str, Any] = dict(env=env, noise=0.1, noise_smoothing=0.5)
+    button = button_plan.ButtonPlanOracle(gripper_always_closed="puzzle" in domain, **plan)
     cube, drawer = cube_plan.CubePlanOracle(**plan), drawer_plan.DrawerPlanOracle(**plan)
     window = window_plan.WindowPlanOracle(**plan)
-    return env, dict(cube=cube, button=button, drawer=drawer, window=window)
+    COLLECTOR.update(env=env, button=button, cube=cube, drawer=drawer, window=window)
 
 
-def collect_episode(domain: str, *key: int) -> dict[str, np.ndarray]:
+def collect_episode(domain: str, key: tuple[int, ...], attempt: int = 0) -> dict[str, np.ndarray]:
     """A scripted 'play' episode of 1001 steps in OGBench's layout, deterministic in the key.
 
     Of each step the state before it is kept: that is the one on which OGBench computes rewards.
     """
-    env, oracles = oracle_env(domain)
-    for attempt in itertools.count():
-        seed = seed_of(*key, attempt)
-        np.random.seed(seed)  # the oracles draw from numpy's global generator
-        p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
-        rows, done, oracle = [], False, None
-        obs, info = env.reset(seed=seed)
-        while not done:
-            if oracle is None or oracle.done:
-                if oracle:
-                    obs, info = env.unwrapped.set_new_target(p_stack=p_stack)
-                oracle = oracles[info["privileged/target_task"]]
-                oracle.reset(obs, info)
-            row = dict(observations=np.float32(obs))
-            row["actions"] = np.clip(oracle.select_action(obs, info), -1, 1).astype(np.float32)
-            obs, _, terminated, truncated, info = env.step(row["actions"])
-            done = row["terminals"] = terminated or truncated
-            before = ("prev_qpos", "prev_qvel", "prev_button_states")
-            rows.append(row | {k[5:]: info[k] for k in before if k in info})
-        data = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-        cube, (low, high) = data["qpos"][:, 14:17], env.unwrapped._workspace_bounds
-        if domain != "scene" or np.all((low - 0.2 < cube) & (cube < high + 0.2)):
-            return data  # a scene whose cube left the workspace is played again
-
-
-def start_worker() -> None:
-    """Collectors leave Ctrl-C to their parent and end when it does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore")
-    parent = mp.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    env, seed = COLLECTOR["env"], seed_of(*key, attempt)
+    np.random.seed(seed)  # the oracles draw from numpy's global generator
+    p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
+    rows, done, oracle = [], False, None
+    obs, info = env.reset(seed=seed)
+    while not done:
+        if oracle is None or oracle.done:
+            if oracle:
+                obs, info = env.unwrapped.set_new_target(p_stack=p_stack)
+            oracle = COLLECTOR[info["privileged/target_task"]]
+            oracle.reset(obs, info)
+        row = dict(observations=np.float32(obs))
+        row["actions"] = np.clip(oracle.select_action(obs, info), -1, 1).astype(np.float32)
+        obs, _, terminated, truncated, info = env.step(row["actions"])
+        done = row["terminals"] = terminated or truncated
+        before = ("prev_qpos", "prev_qvel", "prev_button_states")
+        rows.append(row | {k[5:]: info[k] for k in before if k in info})
+    data = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+    cube, (low, high) = data["qpos"][:, 14:17], env.unwrapped._workspace_bounds
+    if domain == "scene" and not np.all((low - 0.2 < cube) & (cube < high + 0.2)):
+        return collect_episode(domain, key, attempt + 1)  # the cube left the workspace
+    return data
 
 
 def collect(cfg: Config, domain: str) -> Path:
-    """Collect a dataset and a held-out one (5 %) in parallel, each written atomically; or reuse."""
-    episodes, folder = math.ceil(cfg.transitions / 1000), Path(cfg.cache_dir).expanduser()
-    path = folder / f"{domain}-play-scripted-v1-seed{cfg.data_seed}-{episodes}k.npz"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Collect a dataset and a held-out one (5 %) in parallel, written atomically; or reuse it."""
+    n, folder = math.ceil(cfg.transitions / 1000), Path(cfg.cache_dir).expanduser()
+    path = folder / f"{domain}-play-scripted-v1-seed{cfg.data_seed}-{n}k.npz"
     say(f"{'reusing' if path.exists() else 'collecting'} {path}")
-    held_out = path.with_name(f"{path.stem}-val.npz")
-    for split, n, file in ((1, math.ceil(episodes / 20), held_out), (0, episodes, path)):
-        if path.exists():  # it is written last
-            break
-        context, processes = mp.get_context("spawn"), cfg.workers or os.cpu_count()
-        with ProcessPoolExecutor(processes, context, start_worker) as pool:
-            submit = partial(pool.submit, collect_episode, domain, cfg.data_seed, split)
-            jobs, parts = [submit(i) for i in range(n)], []
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [(cfg.data_seed, 0, i) for i in range(n)]
+        keys += [(cfg.data_seed, 1, i) for i in range(math.ceil(n / 20))]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(cfg.workers, spawn, start_collector, (domain,)) as pool:
+            jobs, parts = [pool.submit(collect_episode, domain, key) for key in keys], []
             try:
-                for job in tqdm(jobs, f"collecting {file.stem}", unit="k steps", mininterval=1):
-                    check_signals()
+                for job in tqdm(jobs, f"collecting {path.stem}", unit="k steps", mininterval=1):
                     parts.append(job.result())
+                    if SIGNALS:
+                        raise KeyboardInterrupt
             finally:
                 pool.shutdown(cancel_futures=True)
-        merged = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        write_atomically(file, lambda f, merged=merged: np.savez(f, **merged))
+        for file, part in ((path.with_name(f"{path.stem}-val.npz"), parts[n:]), (path, parts[:n])):
+            merged = {k: np.concatenate([episode[k] for episode in part]) for k in part[0]}
+            write_atomically(file, lambda f, merged=merged: np.savez(f, **merged))
     return path
 
 
-def unreachable(url: str, seconds: float = 10) -> str:
-    """What keeps this file from being downloaded, known within so many seconds; '' if nothing."""
-    request, pool = urllib.request.Request(url, method="HEAD"), ThreadPoolExecutor(1)
-    try:  # in a thread, as looking up a name knows no time-out
-        pool.submit(urllib.request.urlopen, request, timeout=seconds).result(seconds).close()
-        return ""
-    except (OSError, ValueError, TimeoutError) as error:
-        return str(error) or f"no answer within {seconds:g} s"
-    finally:
-        pool.shutdown(wait=False)
-
-
 def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
-    """Environment, data and held-out data with OGBench's rewards, and which data they are.
+    """Environment, data, held-out data, and which data they are; OGBench computes the rewards.
 
     Raises Failure where there are no data to be had, or they are damaged.
     """
@@ -622,16 +590,19 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
     path, held_out = folder / f"{name}.npz", folder / f"{name}-val.npz"
     wanted = f"put {path.name} and {held_out.name} into {folder} (--dataset-dir)"
-    can = domain in MANIPULATION and name == f"{domain}-play-v0"
+    can = name == f"{domain}-play-v0" and domain in MANIPULATION
     if not scripted and not (path.exists() and held_out.exists()):
         url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
         say(f"{path} is not there; trying {url}")
-        if problem := unreachable(url):
+        try:  # in a thread, as looking up a name knows no time-out
+            request = urllib.request.Request(url, method="HEAD")
+            reply = ThreadPool(1).apply_async(urllib.request.urlopen, [request], dict(timeout=10))
+            reply.get(10).close()
+            ogbench.download_datasets([name], str(folder))
+        except (OSError, multiprocessing.TimeoutError) as error:
+            problem, scripted = repr(error), True
             expect(can and cfg.data == "auto", f"the dataset {name}.npz", problem, wanted)
             say(f"{problem}; going on with data of OGBench's scripted oracles (--data scripted)")
-            scripted = True
-        else:
-            ogbench.download_datasets([name], str(folder))
     if scripted:
         expect(can, "a cube, scene or puzzle 'play' set for --data scripted", name, wanted, 2)
         path = collect(cfg, domain)
@@ -640,27 +611,18 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     except Exception as error:  # numpy and zipfile raise many kinds
         text = f"expected a dataset, got a damaged {path} ({error}); delete it and start again"
         raise Failure(text, 1) from error
-    digest, shapes = hashlib.sha256(), dict(rewards=(), masks=(), terminals=())
+    digest, shapes = hashlib.sha256(), dict(actions=env.action_space.shape)
     shapes |= dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
-    for data in sets:
-        for k, shape in (shapes | dict(actions=env.action_space.shape)).items():
-            full = (len(data["rewards"]), *shape)
-            expect(data[k].shape == full, f"{k} of shape {full} in {path}", data[k].shape)
-            expect(bool(np.isfinite(data[k]).all()), f"finite {k} in {path}", "NaN or infinity")
-            digest.update(np.ascontiguousarray(data[k]))
-        worst, chunks = np.abs(data["actions"]).max(initial=0), f"a chunk of {cfg.chunk} actions"
-        expect(worst <= 1 + 1e-5, f"actions in [-1, 1] in {path}", worst)
-        expect(len(chunk_starts(data["terminals"], cfg.chunk)) > 0, f"{chunks} in {path}", "none")
+    for data, k in itertools.product(sets, ReplayBuffer.KEYS):
+        shape = (len(data["rewards"]), *shapes.get(k, ()))
+        expect(data[k].shape == shape, f"{k} of shape {shape} in {path}", data[k].shape)
+        expect(bool(np.isfinite(data[k]).all()), f"finite {k} in {path}", "NaN or infinity")
+        digest.update(data[k].tobytes())
+    worst = max(float(np.abs(data["actions"]).max(initial=0)) for data in sets)
+    expect(worst <= 1 + 1e-5, f"actions in [-1, 1] in {path}", worst)
     about = dict(source="scripted" if scripted else "ogbench", path=str(path))
-    about |= dict(transitions=len(sets[0]["rewards"]), solved=int((sets[0]["masks"] == 0).sum()))
-    return env, *sets, about | dict(sha256=digest.hexdigest())
-
-
-def chunk_starts(terminals: np.ndarray, H: int) -> np.ndarray:
-    """Indices from which H transitions stay within one episode."""
-    ends = np.concatenate([[0], np.cumsum(terminals > 0)])  # episode ends before each index
-    starts = np.arange(max(len(terminals) - H + 1, 0))
-    return starts[ends[starts + H - 1] == ends[starts]]
+    sizes = dict(transitions=len(sets[0]["rewards"]), solved=int((sets[0]["masks"] == 0).sum()))
+    return env, *sets, about | sizes | dict(sha256=digest.hexdigest())
 
 
 class ReplayBuffer:
@@ -670,19 +632,20 @@ class ReplayBuffer:
 
     def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
-        self.discounts = cfg.gamma**self.offsets
+        self.discounts, self.starts = cfg.gamma**self.offsets, self.offsets[:0]
         empty = partial(torch.empty, 0, device=cfg.device)
-        self.arrays, self.starts = {k: empty(*data[k].shape[1:]) for k in self.KEYS}, empty().long()
+        self.arrays = {k: empty(*data[k].shape[1:]) for k in self.KEYS}
         self.add(data)
-        self.first = len(self.arrays["rewards"])
+        expect(len(self.starts) > 0, f"a chunk of {cfg.chunk} actions in the data", "none")
 
     def add(self, data: dict) -> None:
         """Append whole episodes of transitions: KEYS, (N, …) each."""
-        starts = chunk_starts(np.asarray(data["terminals"]), len(self.offsets))
-        starts = torch.from_numpy(starts).to(self.starts) + len(self.arrays["rewards"])
-        self.starts = torch.cat([self.starts, starts])
+        over, H = torch.as_tensor(data["terminals"]).to(self.starts).cumsum(0), len(self.offsets)
+        over = F.pad(over, (1, 0))  # episodes that ended before each index
+        starts = (over[H - 1 : -1] == over[:-H]).nonzero().squeeze(-1)  # H steps of one episode
+        self.starts = torch.cat([self.starts, starts + len(self.arrays["rewards"])])
         for k, array in self.arrays.items():
-            new = torch.as_tensor(np.asarray(data[k])).to(array)
+            new = torch.as_tensor(data[k]).to(array)
             new = new.clamp(-1 + 1e-5, 1 - 1e-5) if k == "actions" else new
             self.arrays[k] = torch.cat([array, new])
 
@@ -695,19 +658,11 @@ class ReplayBuffer:
         batch |= dict(actions=actions[steps].flatten(1), masks=masks[steps].amin(1))
         return batch | dict(rewards=(rewards[steps] * self.discounts).sum(1))
 
-    def online(self) -> dict[str, Tensor]:
-        """What came after the dataset."""
-        return {k: v[self.first :].clone() for k, v in self.arrays.items()}
-
 
 # ===================================================================================== evaluation
 
 PERIODIC, FINAL, ONLINE = 1, 2, 3  # streams of episode seeds
-
-
-def make_env(cfg: Config, **options) -> gymnasium.Env:
-    """The single-task environment; its id is the dataset's without the kind of data."""
-    return gymnasium.make(re.sub(rf"-({KINDS})-singletask", "-singletask", cfg.env), **options)
+make_env = partial(ogbench.make_env_and_datasets, env_only=True)
 
 
 def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
@@ -728,201 +683,196 @@ def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
                 break
 
 
-def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int, frames=None) -> dict:
+def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length."""
     results = []
     for i in range(episodes):
-        rewards = []
-        for (*_, reward, _, _), info in play(agent, env, stream, i):  # noqa: B007
-            check_signals()
-            rewards.append(reward)
-            if frames is not None and len(rewards) % 2:
-                frames.append(env.render())
-        results.append((float(info["success"]), sum(rewards), len(rewards)))
+        if SIGNALS:
+            raise KeyboardInterrupt
+        steps, infos = zip(*play(agent, env, stream, i), strict=True)
+        results.append((float(infos[-1]["success"]), sum(step[3] for step in steps), len(steps)))
     mean, std = np.mean(results, 0).tolist(), np.std(results, 0, ddof=min(episodes - 1, 1))
     row = dict(success=mean[0], stderr=float(std[0]) / math.sqrt(episodes), episodes=episodes)
     return row | dict(mean_return=mean[1], mean_length=mean[2])
 
 
-def percent(r: dict) -> str:
-    spread = f"{r['stderr']:.1%} (standard error, {r['episodes']} episodes)"
-    return f"success {r['success']:6.1%} ± {spread}"
-
-
 def render_video(agent: Agent, path: Path) -> None:
     """Three evaluation episodes as a GIF. Raises Failure where OpenGL is missing."""
-    frames: list = []
     try:
-        env = make_env(agent.cfg, render_mode="rgb_array", width=240, height=240)
-        evaluate(agent, env, 3, FINAL, frames)
+        env = make_env(agent.cfg.env, render_mode="rgb_array", width=240, height=240)
+        env = gymnasium.wrappers.RenderCollection(env, reset_clean=False)
+        evaluate(agent, env, 3, FINAL)
+        frames: Any = env.render()
+        imageio.mimsave(path, frames[::2], duration=100, loop=0)
     except Exception as error:  # mujoco raises what its OpenGL backend does
         todo = "install EGL (libegl1), or OSMesa and set MUJOCO_GL=osmesa"
         raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}", 1) from error
-    imageio.mimsave(path, frames, duration=100, loop=0)
     say(f"video: {path}")
 
 
 def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
     """Median seconds of a pretraining and of a TRQAM update, on zeros of the right sizes."""
-    env, gen = make_env(cfg), torch.Generator(cfg.device).manual_seed(0)
-    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    env, gen = make_env(cfg.env), torch.Generator(cfg.device).manual_seed(0)
+    dims, times = (env.observation_space.shape[0], env.action_space.shape[0]), []
     agent, zeros = Agent(cfg, *dims), partial(torch.zeros, cfg.batch, device=cfg.device)
     batch = dict(obs=zeros(dims[0]), next_obs=zeros(dims[0]), actions=zeros(agent.D))
     batch |= dict(rewards=zeros(), masks=zeros())
-    times: list[list[float]] = [[], []]
-    for i in range(2 * (repeats + 2)):
-        update = partial(agent.pretrain_update, lr=0.0) if i % 2 == 0 else agent.update
+    updates: list[Callable] = [partial(agent.pretrain_update, lr=0.0), agent.update]
+    for update in updates * (repeats + 2):
         start = time.perf_counter()
         update(batch, agent.draw_noise(cfg.batch, gen))["grad_norm"].item()  # waits for the device
-        times[i % 2].append(time.perf_counter() - start)
-    return [float(np.median(t[2:])) for t in times]  # two of each warmed up
+        times.append(time.perf_counter() - start)
+    return [float(np.median(times[first::2])) for first in (4, 5)]  # two of each warmed up
 
 
-# ==================================================================================== bookkeeping
+# ======================================================================================= training
 
 FORMAT = 1  # of checkpoint.pt
-say = tqdm.write  # a line on the screen, above the progress bar
 SIGNALS: list[int] = []  # Ctrl-C and SIGTERM, looked at where the state is whole
+PHASES = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQAM online")
+BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
+SHOWN = dict(flow_loss="flow {:.3f}", held_out_loss="(held out {:.4f})", q_mean="Q {:7.2f}")
+SHOWN |= dict(critic_loss="critic {:7.3f}", matching_loss="match {:7.1f}", path_kl="kl {:.2f}")
+SHOWN |= dict(lam="λ {:.3f}", success="success {:6.1%}", stderr="± {:.1%} (standard error)")
+say = tqdm.write if sys.stderr.isatty() else partial(print, flush=True)  # a line above the bar
 
 
-def on_signal(number: int, _frame) -> None:
-    """Remember the signal; a second one ends the process at once."""
-    if SIGNALS:
-        os._exit(128 + number)
-    SIGNALS.append(number)
-
-
-def check_signals() -> None:
-    if SIGNALS:
-        raise KeyboardInterrupt
+def show(row: dict) -> str:
+    return "  ".join(text.format(row[k]) for k, text in SHOWN.items() if k in row)
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Whenever the process dies, `path` is the old file or the new one."""
+    """Call write(file): whenever the process dies, `path` is the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    lines = [",".join(keys)] + [",".join(str(row.get(k, "")) for k in keys) for row in rows]
-    write_atomically(path, lambda f: f.write(("\n".join(lines) + "\n").encode()))
-
-
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it. Raises Failure."""
     expect(path.exists(), "a checkpoint", f"no file {path}", "train first")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        text = f"expected a checkpoint, got a damaged or unsafe {path}"
-        raise Failure(f"{text} ({str(error).splitlines()[0]})", 1) from error
+        got = f"a damaged or unsafe {path} ({str(error).splitlines()[0]})"
+        raise Failure(f"expected a checkpoint, got {got}", 1) from error
     version = saved.get("format") if isinstance(saved, dict) else None
     expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", "retrain")
     return saved
 
 
-# ======================================================================================= training
+def train(cfg: Config) -> None:
+    """All phases in one loop; a step is an update, online an environment step and an update."""
+    folder, checkpoint, begin = Path(cfg.run_dir), Path(cfg.run_dir, "checkpoint.pt"), time.time()
+    # the state beside agent, data and generator; sums: of metrics since the last row of train.csv
+    state: dict[str, Any] = dict(step=0, episodes=0, seconds=0.0, updates=0, sums={}, train=[])
+    state, saved = state | dict(eval=[]), None
+    if checkpoint.exists():
+        todo = "go on with --resume, or use another --run-dir"
+        expect(cfg.resume, "a new folder", f"a run in {folder}", todo, 2)
+        saved = load_checkpoint(checkpoint)
+        old = {k: v for k, v in saved["config"].items() if k not in MAY_CHANGE}
+        new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
+        expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
+        state = saved["state"]
+        begin -= state["seconds"]
 
+    def record(table: str, row: dict | None = None) -> None:
+        """Add a row to train.csv or eval.csv, whose columns are all that any row has."""
+        state[table] += [dict(step=state["step"], phase=phase) | row] if row else []
+        keys = list(dict.fromkeys(k for r in state[table] for k in r))
+        lines = [",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in state[table])]
+        write_atomically(
+            folder / f"{table}.csv", lambda f: f.write("\n".join([*lines, ""]).encode())
+        )
 
-class Run:
-    """A run in its folder: the loop over the phases, its state, checkpoints and logs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    record("train")  # where the folder is not writable, this fails now and not after an hour
+    env, data, held_out, about = load_data(cfg)
+    say("data: " + ", ".join(f"{k} {v}" for k, v in about.items()))
+    names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
+    info = dict(versions={k: importlib.metadata.version(k) for k in names}, command=sys.argv)
+    info |= dict(data_used=about, python=sys.version, hardware=hardware(cfg))
+    text = json.dumps(asdict(cfg) | info, indent=1).encode()
+    write_atomically(folder / "config.json", lambda file: file.write(text))
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.folder, saved, begin = cfg, Path(cfg.run_dir), None, time.monotonic()
-        self.checkpoint, device = self.folder / "checkpoint.pt", cfg.device
-        if self.checkpoint.exists():
-            todo = "go on with --resume, or use another --run-dir"
-            expect(cfg.resume, "a new folder", f"a run in {self.folder}", todo, 2)
-            saved = load_checkpoint(self.checkpoint)
-            old = {k: v for k, v in saved["config"].items() if k not in MAY_CHANGE}
-            new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
-            expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.write_config({})  # an unwritable folder fails now, not after an hour
-        self.env, train, held_out, data = load_data(cfg)
-        say("data: " + ", ".join(f"{k} {v}" for k, v in data.items()))
-        self.buffer = ReplayBuffer(train, cfg)
-        self.dims = train["observations"].shape[1], train["actions"].shape[1]
-        self.agent = Agent(cfg, *self.dims)
-        fixed = torch.Generator(device).manual_seed(0)  # held-out batch and noise never change
-        self.held_out = ReplayBuffer(held_out, cfg).sample(8192, fixed)
-        self.held_out |= self.agent.draw_noise(8192, fixed)
-        self.generator = torch.Generator(device).manual_seed(cfg.seed)  # of batches and updates
-        # the state beside agent, buffer and generator: sums are of metrics since the last row
-        self.state = dict(step=0, seconds=0.0, episodes=0, updates=0, sums={}, train=[], eval=[])
-        if saved:
-            same = saved["data"] == data["sha256"]
-            expect(same, "the run's data", f"other data in {data['path']}")
-            self.state = saved["state"]
-            self.state["sums"] = {k: v.to(device) for k, v in self.state["sums"].items()}
-            self.agent.load_state_dict(saved["agent"])
-            self.agent.optimizer.load_state_dict(saved["optimizer"])
-            self.generator.set_state(saved["generator"])
-            if len(saved["online"]["rewards"]):
-                self.buffer.add(saved["online"])
-            say(f"resuming at step {self.state['step']}")
-        names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
-        about = dict(versions={k: importlib.metadata.version(k) for k in names}, data_used=data)
-        about |= dict(python=sys.version, device_name=device_name(device), command=sys.argv)
-        self.write_config(about)
-        self.sha256, self.begin = data["sha256"], begin - self.state["seconds"]
-        self.save()
+    buffer, offline_size = ReplayBuffer(data, cfg), len(data["rewards"])
+    agent = Agent(cfg, data["observations"].shape[1], data["actions"].shape[1])
+    fixed = torch.Generator(cfg.device).manual_seed(0)  # held-out batch and noise never change
+    held_out = ReplayBuffer(held_out, cfg).sample(8192, fixed) | agent.draw_noise(8192, fixed)
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
+    if saved:
+        expect(saved["data"] == about["sha256"], "the run's data", f"others in {about['path']}")
+        agent.load_state_dict(saved["agent"])
+        agent.optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        buffer.add(saved["online"])
+        say(f"resuming at step {state['step']}")
 
-    def write_config(self, about: dict) -> None:
-        text = json.dumps(asdict(self.cfg) | about, indent=1)
-        write_atomically(self.folder / "config.json", lambda f: f.write(text.encode()))
-
-    def save(self) -> None:
+    def save() -> None:
         """Write the checkpoint, unless a parameter is not finite."""
-        finite = all(bool(x.isfinite().all()) for x in self.agent.state_dict().values())
-        self.state["seconds"], what = time.monotonic() - self.begin, "NaN or infinity"
-        expect(finite, f"finite parameters at step {self.state['step']}", what, "checkpoint kept")
-        content = dict(format=FORMAT, config=asdict(self.cfg), dims=self.dims, data=self.sha256)
-        content |= dict(agent=self.agent.state_dict(), optimizer=self.agent.optimizer.state_dict())
-        content |= dict(state=self.state, generator=self.generator.get_state())
-        content |= dict(online=self.buffer.online())
-        write_atomically(self.checkpoint, partial(torch.save, content))
+        finite = all(bool(x.isfinite().all()) for x in agent.state_dict().values())
+        expect(finite, f"finite parameters at step {state['step']}", "others", "checkpoint kept")
+        state["seconds"] = time.time() - begin
+        content = dict(format=FORMAT, config=asdict(cfg), dims=agent.dims, data=about["sha256"])
+        content |= dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict())
+        content |= dict(generator=generator.get_state(), state=state)
+        content |= dict(online={k: v[offline_size:].clone() for k, v in buffer.arrays.items()})
+        write_atomically(checkpoint, partial(torch.save, content))
 
-    def train(self) -> None:
-        """All phases in one loop; a step is an update, online an environment step and an update."""
-        cfg, state, agent, phase, bar, due = self.cfg, self.state, self.agent, "", None, False
-        ends = itertools.accumulate((cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps))
-        ends = dict(zip(("pretrain", "offline", "online"), ends, strict=True))
-        evaluations = range(ends["pretrain"], ends["online"], cfg.eval_interval)
-        online_env, episode, transitions = make_env(cfg) if cfg.online_steps else None, None, []
+    def log() -> None:
+        """Add a row of averages to train.csv; stop if one is not finite."""
+        row = {k: float(v) / state["updates"] for k, v in state["sums"].items()}
+        where = f"finite means over the {state['updates']} updates before step {state['step']}"
+        expect(all(map(math.isfinite, row.values())), where, row, f"{checkpoint} is from before")
+        with torch.no_grad():
+            x_0, x_1, t = (held_out[k] for k in ("x_flow", "actions", "t_flow"))
+            loss = flow_matching_loss(partial(agent.flow, held_out["obs"]), x_0, x_1, t)
+        record("train", row | dict(held_out_loss=loss.item(), seconds=time.time() - begin))
+        say(f"{bar}  {show(state['train'][-1])}")
+        state.update(updates=0, sums={})
+
+    lengths = (cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps)
+    ends = dict(zip(PHASES, itertools.accumulate(lengths), strict=True))
+    evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
+    online_env, episode, due = make_env(cfg.env), None, True
+    transitions: list[tuple] = []  # of the online episode that is being played
+    for phase, end in ends.items():
+        wait = 0 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
+        bar = tqdm(total=end, desc=phase, initial=state["step"], bar_format=BAR, delay=wait)
         while True:
             step = state["step"]
-            done = any(row["step"] == step for row in state["eval"])
-            if not done and (step in ends.values() or step in evaluations):
-                self.evaluate(next(k for k in ends if step <= ends[k]), step in ends.values())
-            if step == ends["online"]:
+            if (due or SIGNALS) and not transitions:  # online at the ends of episodes
+                save()
+                due = False
+            if step in evaluations and all(row["step"] != step for row in state["eval"]):
+                n, stream = (
+                    (cfg.eval_episodes, PERIODIC) if step < end else (cfg.final_episodes, FINAL)
+                )
+                record("eval", dict(final=int(step == end)) | evaluate(agent, env, n, stream))
+                say(f"evaluation at step {step} on {n} episodes: {show(state['eval'][-1])}")
+            if SIGNALS:
+                raise KeyboardInterrupt
+            if step >= end:
                 break
-            if phase != (phase := next(k for k in ends if step < ends[k])):
-                bar = tqdm(total=ends[phase], desc=phase, initial=step, disable=None)
-                self.mark = time.monotonic(), step
-            if SIGNALS and not transitions:  # else the last online episode's checkpoint stands
-                self.save()
-            check_signals()
             if phase == "online":
                 episode = episode or play(agent, online_env, ONLINE, state["episodes"])
                 transitions.append(next(episode)[0])
                 if transitions[-1][-1]:  # done: the episode enters the buffer
-                    columns = zip(*transitions, strict=True)
-                    arrays = zip(self.buffer.KEYS, map(np.stack, columns), strict=True)
-                    self.buffer.add(dict(arrays))
+                    columns = map(np.stack, zip(*transitions, strict=True))
+                    buffer.add(dict(zip(buffer.KEYS, columns, strict=True)))
                     state["episodes"], episode, transitions = state["episodes"] + 1, None, []
             if phase != "online" or step >= ends["offline"] + cfg.online_start:
-                batch = self.buffer.sample(cfg.batch, self.generator)
-                noise = agent.draw_noise(cfg.batch, self.generator)
+                batch = buffer.sample(cfg.batch, generator)
+                noise = agent.draw_noise(cfg.batch, generator)
                 if phase == "pretrain":
-                    decay = (1 + math.cos(math.pi * step / cfg.pretrain_steps)) / 2
-                    lr = cfg.pretrain_lr * (decay if cfg.pretrain_decay else 1)
-                    metrics = agent.pretrain_update(batch, noise, lr)
+                    decay = (1 + math.cos(math.pi * step / end)) / 2 if cfg.pretrain_decay else 1
+                    metrics = agent.pretrain_update(batch, noise, cfg.pretrain_lr * decay)
                 else:
                     metrics = agent.update(batch, noise)
                 state["sums"] = {k: v + state["sums"].get(k, 0) for k, v in metrics.items()}
@@ -931,101 +881,45 @@ class Run:
             bar.update()
             if step == ends["pretrain"]:
                 agent.finish_pretraining()
-            if step % cfg.log_interval == 0 or step in ends.values():
-                self.log(phase, ends[phase])
-            due |= step % cfg.save_interval == 0 or step in ends.values() or step in evaluations
-            if due and not transitions:
-                self.save()
-                due = False
-        self.save()
-        lam, kl, spent = float(agent.lam), float(agent.kl_ema), clock(state["seconds"])
-        trust = f"λ {lam:.3f}, KL/budget {kl:.2f}/{cfg.kl_budget:.2f}"
-        say(f"\n{cfg.env}, seed {cfg.seed}, scale {cfg.scale}: {trust}, wall-clock {spent}")
-        names = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQAM online")
-        for row in filter(lambda row: row["final"], state["eval"]):
-            say(f"  {names[row['phase']]:18s} {percent(row)}")
-
-    def log(self, phase: str, end: int) -> None:
-        """Read the averages since the last row; stop if one is not finite; write and say them."""
-        cfg, state, now, step = self.cfg, self.state, time.monotonic(), self.state["step"]
-        row = {k: float(v) / state["updates"] for k, v in state["sums"].items()}
-        where = f"finite means over the {state['updates']} updates before step {step}"
-        finite = all(map(math.isfinite, row.values()))
-        expect(finite, where, row, f"{self.checkpoint} is from before")
-        with torch.no_grad():
-            x_0, x_1, t = (self.held_out[k] for k in ("x_flow", "actions", "t_flow"))
-            loss = flow_matching_loss(partial(self.agent.flow, self.held_out["obs"]), x_0, x_1, t)
-        row |= dict(held_out_loss=loss.item(), seconds=now - self.begin)
-        state["train"].append(dict(step=step, phase=phase) | row)
-        write_csv(self.folder / "train.csv", state["train"])
-        rate = (step - self.mark[1]) / (now - self.mark[0])
-        text = f"{phase:8s} {step:>7d}/{end}  {rate:5.1f}/s  {clock((end - step) / rate)} left"
-        if "flow_loss" in row:
-            text += f"  flow {row['flow_loss']:.3f} (held out {row['held_out_loss']:.4f})"
-        if "lam" in row:
-            text += f"  Q {row['q_mean']:7.2f}  critic {row['critic_loss']:7.3f}  match "
-            text += f"{row['matching_loss']:7.1f}  kl {row['path_kl']:.2f}/{cfg.kl_budget:.2f}"
-            text += f"  λ {row['lam']:.3f}"
-        say(text)
-        self.mark, state["updates"], state["sums"] = (now, step), 0, {}
-
-    def evaluate(self, phase: str, last: bool) -> None:
-        """Periodic evaluation; at a phase's end the final one, on episodes of its own."""
-        cfg, rows, step = self.cfg, self.state["train"], self.state["step"]
-        plan = (cfg.final_episodes, FINAL) if last else (cfg.eval_episodes, PERIODIC)
-        row = dict(step=step, phase=phase, final=int(last)) | evaluate(self.agent, self.env, *plan)
-        self.state["eval"].append(row)
-        write_csv(self.folder / "eval.csv", self.state["eval"])
-        say(f"evaluation at step {step}, after {phase}{' (final)' if last else ''}: {percent(row)}")
-        if phase == "pretrain":
-            old, new = (rows[i]["held_out_loss"] for i in (-len(rows) // 5 - 1, -1))
-            say(f"held-out flow-matching loss {new:.4f}, {new / old - 1:+.2%} over the last fifth")
+            if step % cfg.log_interval == 0 or step == end:
+                log()
+            due |= step % cfg.save_interval == 0 or step in evaluations
+    save()
+    trust = f"λ {agent.lam:.3f}, KL/budget {agent.kl_ema:.2f}/{cfg.kl_budget:.2f}"
+    say(f"{folder}: {trust}, wall-clock {tqdm.format_interval(state['seconds'])}")
+    for row in filter(lambda row: row["final"], state["eval"]):
+        say(f"  {PHASES[row['phase']]:18s} {show(row)}, {row['episodes']} episodes")
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds / 3600)}:{int(seconds / 60) % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def device_name(device: str) -> str:
-    threads = f"{device}, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name() if device == "cuda" else threads
-
-
-def run(given: Config) -> None:
-    """Do what the command line asks for."""
-    cfg = resolve(given)
-    folder, where = Path(cfg.run_dir), f"{cfg.env}, seed {cfg.seed}, on {device_name(cfg.device)}"
-    if cfg.benchmark:
-        sizes = f"width {cfg.width}, {cfg.critics} critics, K {cfg.flow_steps}, batch {cfg.batch}"
-        times = "pretraining {:.4f}, TRQAM {:.4f} seconds per update".format(*benchmark(cfg))
-        return say(f"{where}, {sizes}: {times}")
-    if not cfg.eval_only:
-        say(f"{where}, scale {cfg.scale} -> {folder}")
-        if given.scale == "auto" and not cfg.resume:
-            other = resolve(replace(given, scale="laptop" if cfg.scale == "paper" else "paper"))
-            seconds = np.dot(benchmark(other, 3), (other.pretrain_steps, other.offline_steps))
-            say(f"--scale {other.scale} would train for about {seconds / 3600:.1f} hours here")
-        say(
-            "settings: "
-            + " ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in MAY_CHANGE)
-        )
-        Run(cfg).train()
-    agent = Agent.load(folder / "checkpoint.pt", cfg.device)
-    if cfg.eval_only:
-        say(f"{folder}: {percent(evaluate(agent, make_env(agent.cfg), cfg.final_episodes, FINAL))}")
-    if cfg.video:
-        render_video(agent, folder / "video.gif")
+def hardware(cfg: Config) -> str:
+    threads = f"{cfg.device} with {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if cfg.device == "cuda" else threads
 
 
 def main() -> int:
     """The command line. Exit codes: 0 done, 1 failed, 2 a wrong call, 130 and 143 interrupted."""
     warnings.filterwarnings("ignore", module="gymnasium|glfw")
-    sys.stdout.reconfigure(line_buffering=True)  # a log file is written line by line
-    given = tyro.cli(Config, description=__doc__)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
+        signal.signal(number, lambda n, _: os._exit(128 + n) if SIGNALS else SIGNALS.append(n))
     try:
-        run(given)
+        cfg = parse(sys.argv[1:])
+        sizes = f"width {cfg.width}, {cfg.critics} critics, K {cfg.flow_steps}, batch {cfg.batch}"
+        say(f"{cfg.env}, seed {cfg.seed}, scale {cfg.scale} ({sizes}), {hardware(cfg)}")
+        if cfg.benchmark:
+            say("{:.4f} s per pretraining, {:.4f} s per TRQAM update".format(*benchmark(cfg)))
+        elif not cfg.eval_only:
+            scale = "laptop" if cfg.scale == "paper" else "paper"
+            if not cfg.resume:
+                other = parse([*sys.argv[1:], "--scale", scale])
+                seconds = np.dot(benchmark(other, 1), (other.pretrain_steps, other.offline_steps))
+                say(f"--scale {scale} would train for about {seconds / 3600:.1f} hours here")
+            say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in MAY_CHANGE))
+            train(cfg)
+        agent = partial(Agent.load, Path(cfg.run_dir, "checkpoint.pt"), cfg.device)
+        if cfg.eval_only:
+            say(show(evaluate(agent(), make_env(cfg.env), cfg.final_episodes, FINAL)))
+        if cfg.video:
+            render_video(agent(), Path(cfg.run_dir, "video.gif"))
     except KeyboardInterrupt:
         print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
