@@ -277,13 +277,12 @@ def simulate_sde(
     K, h = len(noise), 1 / len(noise)
     t, g = schedule(K, x_0)
     path = [x_0]
-    for k in range(K):
+    for k in range(K if exact else K - 1):
         x = path[-1]
-        if k < K - 1 or exact:
-            drift = 2 * v_fine(x, t[k]) - x / (t[k] + h)
-            path.append(x + h * drift + math.sqrt(h) * g[k] * noise[k])
-        else:
-            path.append(x + h * v_base(x, t[k]))
+        drift = 2 * v_fine(x, t[k]) - x / (t[k] + h)
+        path.append(x + h * drift + math.sqrt(h) * g[k] * noise[k])
+    if not exact:
+        path.append(path[-1] + h * v_base(path[-1], t[-1]))
     return torch.stack(path)
 
 
