@@ -699,10 +699,9 @@ def render_video(agent: Agent, path: Path) -> None:
     """Three evaluation episodes as a GIF. Raises Failure where OpenGL is missing."""
     try:
         env = make_env(agent.cfg.env, render_mode="rgb_array", width=240, height=240)
-        env = gymnasium.wrappers.RenderCollection(env, reset_clean=False)
-        evaluate(agent, env, 3, FINAL)
-        frames: Any = env.render()
-        imageio.mimsave(path, frames[::2], duration=100, loop=0)
+        steps = (itertools.islice(play(agent, env, FINAL, i), 0, None, 2) for i in range(3))
+        frames: list[Any] = [env.render() for _ in itertools.chain(*steps)]
+        imageio.mimsave(path, frames, duration=100, loop=0)
     except Exception as error:  # mujoco raises what its OpenGL backend does
         todo = "install EGL (libegl1), or OSMesa and set MUJOCO_GL=osmesa"
         raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}", 1) from error
