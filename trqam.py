@@ -731,7 +731,7 @@ PHASES = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQ
 BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
 SHOWN = dict(flow_loss="flow {:.3f}", held_out_loss="(held out {:.4f})", q_mean="Q {:7.2f}")
 SHOWN |= dict(critic_loss="critic {:7.3f}", matching_loss="match {:7.1f}", path_kl="kl {:.2f}")
-SHOWN |= dict(lam="λ {:.3f}", success="success {:6.1%}", stderr="± {:.1%} (standard error)")
+SHOWN |= dict(lam="λ {:.3f}", success="success {:6.1%}", stderr="± {:.1%} standard error")
 say = tqdm.write if sys.stderr.isatty() else partial(print, flush=True)  # a line above the bar
 
 
@@ -755,7 +755,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        got = f"a damaged or unsafe {path} ({str(error).splitlines()[0]})"
+        got = f"a damaged or unsafe {path} ({repr(error)[:200]})"
         raise Failure(f"expected a checkpoint, got {got}", 1) from error
     version = saved.get("format") if isinstance(saved, dict) else None
     expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", "retrain")
@@ -846,6 +846,8 @@ def train(cfg: Config) -> None:
     online_env, episode, due = make_env(cfg.env), None, True
     transitions: list[tuple] = []  # of the online episode that is being played
     for phase, end in ends.items():
+        if state["step"] > end:  # resumed in a later phase
+            continue
         wait = 0 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
         bar = tqdm(total=end, desc=phase, initial=state["step"], bar_format=BAR, delay=wait)
         while True:
@@ -917,7 +919,8 @@ def main() -> int:
             train(cfg)
         agent = partial(Agent.load, Path(cfg.run_dir, "checkpoint.pt"), cfg.device)
         if cfg.eval_only:
-            say(show(evaluate(agent(), make_env(cfg.env), cfg.final_episodes, FINAL)))
+            row = evaluate(agent(), make_env(cfg.env), cfg.final_episodes, FINAL)
+            say(f"{show(row)}, {cfg.final_episodes} episodes")
         if cfg.video:
             render_video(agent(), Path(cfg.run_dir, "video.gif"))
     except KeyboardInterrupt:
