@@ -282,6 +282,7 @@ def test_replay_batches_are_chunks():
 TINY = dict(width=16, layers=2, critics=2, flow_steps=3, batch=8, pretrain_steps=20)
 TINY |= dict(offline_steps=20, log_interval=5, save_interval=7, eval_interval=150)
 TINY |= dict(eval_episodes=1, final_episodes=2, scale="laptop", device="cpu", data="ogbench")
+ONLINE = dict(online_steps=420, online_start=210)
 
 
 @pytest.fixture(scope="session")
@@ -310,13 +311,38 @@ def command(run_dir, dataset_dir, *switches, **changes):
     return [*TRQAM, *flags(**fields), *switches]
 
 
+def fork(argv, prepare=lambda: None, screen=os.devnull) -> int:
+    """trqam.py in a forked process (no imports, so soon at work), its output in a file; the pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            with open(screen, "wb") as file:
+                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = argv[1:]
+            prepare()
+            code = trqam.main()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def wait(pid) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def call(run_dir, dataset_dir, *switches, code=0, **changes):
-    """Run trqam.py in a process of its own; returns its screen."""
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run(command(run_dir, dataset_dir, *switches, **changes), env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """A run, in a fork if there are such; returns its screen."""
+    argv, screen = command(run_dir, dataset_dir, *switches, **changes), f"{run_dir}.screen"
+    if hasattr(os, "fork"):
+        got, text = wait(fork(argv, screen=screen)), Path(screen).read_text()
+    else:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        got, text = done.returncode, done.stdout + done.stderr
+    assert got == code, text
+    return text
 
 
 def read_csv(path):
@@ -356,8 +382,11 @@ def assert_same(a, b):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, dataset_dir):
     """An uninterrupted run with an online phase, and what it printed."""
-    folder = tmp_path_factory.mktemp("run")
-    return folder, call(folder, dataset_dir, online_steps=420, online_start=210)
+    folder, environment = tmp_path_factory.mktemp("run"), os.environ | dict(OMP_NUM_THREADS="1")
+    argv, options = command(folder, dataset_dir, **ONLINE), dict(text=True, timeout=300)
+    done = subprocess.run(argv, env=environment, capture_output=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
 
 
 def test_run_end_to_end(finished):
@@ -385,33 +414,11 @@ def test_run_end_to_end(finished):
 
 def test_same_seed_same_numbers(finished, dataset_dir, tmp_path):
     """Two runs agree to the bit; another seed does not."""
-    call(tmp_path / "b", dataset_dir, online_steps=420, online_start=210)
+    call(tmp_path / "b", dataset_dir, **ONLINE)
     assert_same(contents(finished[0]), contents(tmp_path / "b"))
     call(tmp_path / "c", dataset_dir, seed=1)
     assert (tmp_path / "c" / "train.csv").read_text().split("\n")[1] != (
         finished[0] / "train.csv").read_text().split("\n")[1]  # fmt: skip
-
-
-def fork(argv, prepare=lambda: None, screen=os.devnull) -> int:
-    """trqam.py in a forked process (no imports, so soon at work), its output in a file; the pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            with open(screen, "wb") as file:
-                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = argv[1:]
-            prepare()
-            code = trqam.main()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    return pid
-
-
-def wait(pid) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def die_in_write(nth):
@@ -430,7 +437,6 @@ def die_in_write(nth):
     torch.save = half
 
 
-ONLINE = dict(online_steps=420, online_start=210)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
