@@ -708,6 +708,21 @@ def test_eval_only_repeats_the_final_evaluation(finished, dataset_dir):
     assert re.search(r"success +0\.0%  ± 0\.0% standard error, 2 episodes", screen)
 
 
+def test_episodes_do_not_depend_on_what_was_played_before(finished):
+    """After a step, all of MuJoCo's state and warm start is the same in a new and in a used env."""
+    agent, states = trqam.Agent.load(finished[0] / "checkpoint.pt"), []
+    for used in (False, True):
+        env = trqam.make_env(agent.cfg.env)
+        if used:
+            list(trqam.play(agent, env, 1))
+        next(trqam.play(agent, env, 2))
+        data = env.unwrapped._data
+        states.append([data.qpos.copy(), data.qvel.copy(), data.ctrl.copy()])
+        states[-1].append(data.qacc_warmstart.copy())
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_video_without_opengl_says_what_is_missing(finished, dataset_dir):
     """Where rendering is impossible, --video says so and exits with 1."""
     argv = command(finished[0], dataset_dir, "--eval-only", "--video", final_episodes=1)

@@ -25,7 +25,7 @@ we follow the authors' published code, and say so. For the paper read `networks`
 from __future__ import annotations
 
 import copy
-import ctypes
+import ctypes.util
 import hashlib
 import importlib.metadata
 import itertools
@@ -48,7 +48,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 
-if sys.platform == "linux":
+if sys.platform == "linux" and ctypes.util.find_library("EGL"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
 
 import gymnasium
@@ -128,8 +128,8 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
 
 
 # on --resume these may change: they say where and how to run, not what
-MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "device", "run_dir", "dataset_dir"]
-MAY_CHANGE += ["cache_dir", "workers"]
+MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "run_dir", "dataset_dir", "cache_dir"]
+MAY_CHANGE += ["workers"]
 # of the numbers; where nothing is said, integers start at 1 and the others are from 0 to 1
 RANGES: dict[str, tuple[float, float]] = dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100))
 RANGES |= dict(kl_budget=(1e-6, 1e6), fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
@@ -672,6 +672,8 @@ def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
     seed = seed_of(agent.cfg.seed, *key)
     np.random.seed(seed)
     generator, (obs, _), done = torch.Generator().manual_seed(seed), env.reset(seed=seed), False
+    if physics := getattr(env.unwrapped, "_data", None):  # OGBench's reset takes unseeded steps,
+        physics.ctrl[:] = physics.qacc_warmstart[:] = 0  # of which this would be left over
     while not done:
         for action in agent.act(obs, generator):
             next_obs, reward, terminated, truncated, info = env.step(action)
@@ -899,8 +901,8 @@ def main() -> int:
     """The command line. Exit codes: 0 done, 1 failed, 2 a wrong call, 130 and 143 interrupted."""
     warnings.filterwarnings("ignore", module="gymnasium|glfw")
     if sys.platform == "linux":  # keep freed memory: to return it and get it back costs a CPU 15 %
-        for threshold in (-1, -3):  # of glibc's malloc, for trimming and for mmap
-            getattr(ctypes.CDLL(None), "mallopt", max)(threshold, 2**30)
+        for threshold, size in ((-1, 2**30), (-3, 2**25)):  # of glibc, for trimming and mmap
+            getattr(ctypes.CDLL(None), "mallopt", max)(threshold, size)
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(number, lambda n, _: os._exit(128 + n) if SIGNALS else SIGNALS.append(n))
     try:
@@ -917,12 +919,13 @@ def main() -> int:
                 say(f"--scale {scale} would train for about {seconds / 3600:.1f} hours here")
             say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in MAY_CHANGE))
             train(cfg)
-        agent = partial(Agent.load, Path(cfg.run_dir, "checkpoint.pt"), cfg.device)
+        if cfg.eval_only or cfg.video:
+            agent = Agent.load(Path(cfg.run_dir, "checkpoint.pt"), cfg.device)
         if cfg.eval_only:
-            row = evaluate(agent(), make_env(cfg.env), cfg.final_episodes, FINAL)
+            row = evaluate(agent, make_env(agent.cfg.env), cfg.final_episodes, FINAL)
             say(f"{show(row)}, {cfg.final_episodes} episodes")
         if cfg.video:
-            render_video(agent(), Path(cfg.run_dir, "video.gif"))
+            render_video(agent, Path(cfg.run_dir, "video.gif"))
     except KeyboardInterrupt:
         print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
