@@ -21,6 +21,7 @@ inconclusive. Next to each stands a negative control: wrong formulas and wrong s
 and too small, that the very same z-test must reject.
 """
 
+import dataclasses
 import math
 import os
 from functools import partial
@@ -1300,6 +1301,30 @@ def test_proposition1_terminal_kl_is_below_path_kl(exact, seed, D, K, size):
         close(path, affine_kl(v_base, d, size, K, D))
 
 
+@forall(4, seed=seeds, K=st.integers(8, 16), size=st.floats(0.5, 2))
+def test_proposition1_for_nonlinear_controls(seed, K, size):
+    """KL(law of X_k under P^u ‖ under P^base) ≤ Σ_{j<k} (2h/g_j²) E‖Δv_j‖² for every k: exact.
+
+    Control sin(3x + network), mixture base, one dimension: the laws are densities on a grid.
+    """
+    net, v_base = mlp_field(Draw(seed), 1), Mixture().velocity
+
+    def d(x, t):
+        return torch.sin(3 * x + net(x, t))
+
+    fine, base = (chain_densities(v, K) for v in (add(v_base, d, size), v_base))
+    path = 0.0
+    for k in range(K):
+        (x, p), (y, after), before = fine[k], fine[k + 1], base[k + 1][1]
+        gap = torch.zeros(K, len(x), 1, **F64)
+        gap[k] = size * d(x[:, None], torch.full((1, 1), k / K, **F64))
+        path += (p @ trqam.path_kl(gap) * (x[1] - x[0])).item()
+        close(after.sum() * (y[1] - y[0]), 1.0, 1e-5)  # hardly any mass lost off the grid
+        end = (torch.special.xlogy(after, after / before).sum() * (y[1] - y[0])).item()
+        assert 0 < end < path
+    assert path > 0.05
+
+
 def test_proposition1_the_ode_can_exceed_the_budget_of_the_sde():
     """K = 10, s = 0.3, Δv = 1: path KL 1.42, terminal KL of the SDE 1.28, of the ODE 2.87.
 
@@ -1366,6 +1391,47 @@ def test_lemma1_is_attained_by_two_point_laws(delta):
         tv, kl = distances(p)
         assert tv <= math.tanh(delta / 2) + 1e-12 and kl <= kl_bound(delta) + 1e-12
     assert kl_bound(1e-2) > 0.499 * 1e-4 * 0.99 and kl_bound(300.0) > 1.97 * 300
+
+
+# ------------------------------------------------------------------ the random numbers
+
+
+def is_white(check, z, resolution):
+    """E[z] = 0 and E[z zᵀ] = I, of rows z (2N, n), by three means of independent pairs (z, z′).
+
+    E[z·z′] = ‖E z‖², E‖z‖² = tr C, E[(z·z′)²] = tr C² with C = E[z zᵀ]; and tr C = tr C² = n for
+    no other symmetric C than I, as then Σ (eigenvalue − 1)² = 0.
+    """
+    n, inner = z.shape[1], (z[::2] * z[1::2]).sum(-1)
+    check(inner, 0.0, resolution)
+    check(z.square().sum(-1), n, resolution)
+    check(inner**2, n, resolution)
+
+
+@forall(3, monte_carlo=4, seed=seeds, K=st.integers(4, 6), H=st.integers(2, 3))
+def test_noise_of_an_update_is_white(seed, K, H):
+    """x_next, x_flow, x_0 and all ε_k are N(0, I), t ~ U(0, 1), all independent: Monte Carlo.
+
+    T2 with a generator; noise used twice, in time or as the start, is rejected.
+    """
+    sizes = dict(width=4, layers=1, critics=1, flow_steps=K, chunk=H, device=DEVICE.type)
+    agent = trqam.Agent(dataclasses.replace(trqam.Config(), **sizes), 3, 2)
+    noise = agent.draw_noise(PATHS // 2, torch.Generator(DEVICE).manual_seed(seed))
+    noise = {k: v.to(torch.float64) for k, v in noise.items()}
+    assert noise["sde"].shape == (K, PATHS // 2, agent.D)
+    assert ((noise["t_flow"] >= 0) & (noise["t_flow"] < 1)).all()
+
+    def columns(x_next, x_flow, t_flow, x_sde, sde):
+        t = math.sqrt(12) * (t_flow - 0.5)  # mean 0, variance 1
+        return torch.cat([x_next, x_flow, x_sde, *sde, t], -1)
+
+    is_white(accept, columns(**noise), agent.D)
+    accept(noise["sde"][..., 0].pow(4).mean(0), 3.0, 0.3)  # Gaussian, not just of variance 1
+    again = noise["sde"][[0, 0, *range(2, K)]]
+    for wrong in (dict(sde=again), dict(x_sde=noise["sde"][0]), dict(x_flow=noise["x_next"])):
+        z = columns(**noise | wrong)
+        inner = (z[::2] * z[1::2]).sum(-1)
+        reject(inner**2, z.shape[1], agent.D, 1)
 
 
 # ------------------------------------------------------------------ the design

@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import ctypes.util
 import hashlib
+import http.client
 import importlib.metadata
 import itertools
 import json
@@ -35,13 +36,14 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -64,11 +66,9 @@ from tqdm import tqdm
 
 # ======================================================================================= settings
 
-MANIPULATION = [f"cube-{number}" for number in ("single", "double", "triple", "quadruple")]
-MANIPULATION += ["scene", *(f"puzzle-{size}" for size in ("3x3", "4x4", "4x5", "4x6"))]
-MAZES = [f"{body}maze-{m}" for body in ("ant", "humanoid") for m in ("medium", "large", "giant")]
-MAZES += [f"pointmaze-{m}" for m in ("medium", "large", "giant", "teleport")]
-MAZES += ["antmaze-teleport", "antsoccer-arena", "antsoccer-medium"]
+SINGLETASK = (re.fullmatch(r"(.+)-singletask-v0", name) for name in gymnasium.registry)
+DOMAINS = [m[1] for m in SINGLETASK if m and not m[1].startswith("visual-")]  # OGBench's
+MAZES = [domain for domain in DOMAINS if re.match(".*maze|.*soccer", domain)]
 KINDS = "play|noisy|navigate|stitch|explore"
 LAPTOP: dict[str, Any] = dict(width=256, flow_steps=5, batch=128, lr=6e-4, tau=0.01, kl_budget=0.5)
 LAPTOP |= dict(pretrain_lr=1e-3, pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000)
@@ -129,7 +129,7 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
 
 # on --resume these may change: they say where and how to run, not what
 MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "run_dir", "dataset_dir", "cache_dir"]
-MAY_CHANGE += ["workers"]
+MAY_CHANGE += ["workers", "data"]  # the checkpoint knows its data
 # of the numbers; where nothing is said, integers start at 1 and the others are from 0 to 1
 RANGES: dict[str, tuple[float, float]] = dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100))
 RANGES |= dict(kl_budget=(1e-6, 1e6), fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
@@ -138,7 +138,7 @@ RANGES |= dict(online_start=(0, 10**9))
 
 
 class Failure(Exception):
-    """A text for the user, and the exit code: 2 for a wrong call, 1 for a failed run."""
+    """args: a text for the user and the exit code, 2 for a wrong call, 1 for a failed run."""
 
 
 def expect(ok: bool, expected: str, got: object, todo: str = "", code: int = 1) -> None:
@@ -150,11 +150,10 @@ def expect(ok: bool, expected: str, got: object, todo: str = "", code: int = 1) 
 def parse(args: list[str]) -> Config:
     """Settings: explicit flag > laptop scale > domain > paper. Raises Failure, SystemExit."""
     cfg = tyro.cli(Config, args=[arg for arg in args if arg not in ("-h", "--help")])
-    names = "|".join(MANIPULATION + MAZES)
-    match = re.fullmatch(f"({names})(?:-({KINDS})-singletask(?:-task([1-5]))?-v0)?", cfg.env)
-    known = f"--env to be one of {names.replace('|', ', ')}, or a full OGBench id of one"
+    match = re.fullmatch(f"(.+?)(?:-({KINDS})-singletask(?:-task([1-5]))?-v0)?", cfg.env)
+    known = f"--env to be one of {', '.join(DOMAINS)}, or a full OGBench id of one"
     domain, kind, task = match.groups() if match else ("", "", "")
-    expect(domain != "", known, repr(cfg.env), code=2)
+    expect(domain in DOMAINS, known, repr(cfg.env), code=2)
     default = 4 if domain in ("puzzle-3x3", "puzzle-4x4") or "soccer" in domain else 2
     task = int(task or cfg.task or (1 if "maze" in domain else default))
     expect(cfg.task in (0, task), f"--task {task}, as in --env", cfg.task, code=2)
@@ -460,8 +459,8 @@ class Agent(nn.Module):
 
         # trust region: KL per action of the chunk, dual descent
         kl = path_kl(gap.detach()).mean() / cfg.chunk
-        if not cfg.fixed_lambda:
-            self.kl_ema, self.dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
+        self.kl_ema, dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
+        self.dual = self.dual if cfg.fixed_lambda else dual
         metrics = dict(q_mean=q.mean(), critic_loss=critic_loss, flow_loss=flow_loss)
         metrics |= dict(matching_loss=matching_loss, path_kl=kl, kl_ema=self.kl_ema, lam=self.lam)
         metrics |= dict(target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk, grad_norm=grad_norm)
@@ -495,13 +494,15 @@ class Agent(nn.Module):
         saved = load_checkpoint(Path(path))
         agent = cls(Config(**saved["config"] | dict(device=device)), *saved["dims"])
         agent.load_state_dict(saved["agent"])
+        if saved["state"]["step"] < agent.cfg.pretrain_steps:  # it acts by the flow as far as it is
+            agent.finish_pretraining()
         return agent
 
 
 # =========================================================================================== data
 
 STACK = {"cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.05, 0.35)}
-STACK |= {"cube-quadruple": (0.1, 0.5)}  # OGBench's range of an episode's chance to stack a cube
+STACK |= {"cube-quadruple": (0.1, 0.5), "cube-octuple": (0, 0.35)}  # of an episode's p_stack
 COLLECTOR: dict[str, Any] = {}  # in a collecting process: `env`, and its oracle per kind of object
 
 
@@ -589,16 +590,16 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
     path, held_out = folder / f"{name}.npz", folder / f"{name}-val.npz"
     wanted = f"put {path.name} and {held_out.name} into {folder} (--dataset-dir)"
-    can = name == f"{domain}-play-v0" and domain in MANIPULATION
+    can = name == f"{domain}-play-v0" and domain not in MAZES
     if not scripted and not (path.exists() and held_out.exists()):
         url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
         say(f"{path} is not there; trying {url}")
+        socket.setdefaulttimeout(10)  # of a connection that falls silent
         try:  # in a thread, as looking up a name knows no time-out
             request = urllib.request.Request(url, method="HEAD")
-            reply = ThreadPool(1).apply_async(urllib.request.urlopen, [request], dict(timeout=10))
-            reply.get(10).close()
+            ThreadPool(1).apply_async(urllib.request.urlopen, [request]).get(10).close()
             ogbench.download_datasets([name], str(folder))
-        except (OSError, multiprocessing.TimeoutError) as error:
+        except (OSError, http.client.HTTPException, multiprocessing.TimeoutError) as error:
             problem, scripted = repr(error), True
             expect(can and cfg.data == "auto", f"the dataset {name}.npz", problem, wanted)
             say(f"{problem}; going on with data of OGBench's scripted oracles (--data scripted)")
@@ -608,7 +609,7 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     try:
         env, *sets = ogbench.make_env_and_datasets(cfg.env, dataset_path=str(path))
     except Exception as error:  # numpy and zipfile raise many kinds
-        text = f"expected a dataset, got a damaged {path} ({error}); delete it and start again"
+        text = f"expected a dataset, got a damaged {path} ({error!r}); delete it and start again"
         raise Failure(text, 1) from error
     digest, shapes = hashlib.sha256(), dict(actions=env.action_space.shape)
     shapes |= dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
@@ -699,14 +700,16 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
 
 def render_video(agent: Agent, path: Path) -> None:
     """Three evaluation episodes as a GIF. Raises Failure where OpenGL is missing."""
+    env = make_env(agent.cfg.env, render_mode="rgb_array", width=240, height=240)
+    env.reset()
     try:
-        env = make_env(agent.cfg.env, render_mode="rgb_array", width=240, height=240)
-        steps = (itertools.islice(play(agent, env, FINAL, i), 0, None, 2) for i in range(3))
-        frames: list[Any] = [env.render() for _ in itertools.chain(*steps)]
-        imageio.mimsave(path, frames, duration=100, loop=0)
+        env.render()
     except Exception as error:  # mujoco raises what its OpenGL backend does
         todo = "install EGL (libegl1), or OSMesa and set MUJOCO_GL=osmesa"
         raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}", 1) from error
+    steps = (itertools.islice(play(agent, env, FINAL, i), 0, None, 2) for i in range(3))
+    frames: list[Any] = [env.render() for _ in itertools.chain(*steps)]
+    imageio.mimsave(path, frames, duration=100, loop=0)
     say(f"video: {path}")
 
 
@@ -727,7 +730,7 @@ def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
 
 # ======================================================================================= training
 
-FORMAT = 1  # of checkpoint.pt
+FORMAT = 2  # of checkpoint.pt
 SIGNALS: list[int] = []  # Ctrl-C and SIGTERM, looked at where the state is whole
 PHASES = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQAM online")
 BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
@@ -776,7 +779,8 @@ def train(cfg: Config) -> None:
         saved = load_checkpoint(checkpoint)
         old = {k: v for k, v in saved["config"].items() if k not in MAY_CHANGE}
         new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
-        expect(not new, "the run's settings", "; ".join(new), "use another --run-dir", 2)
+        todo = f"give the run's flags ({folder / 'config.json'}), or another --run-dir"
+        expect(not new, "the run's settings", "; ".join(new), todo, 2)
         state = saved["state"]
         begin -= state["seconds"]
 
@@ -789,10 +793,11 @@ def train(cfg: Config) -> None:
         write_atomically(folder / f"{table}.csv", lambda file: file.write(text))
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+    for leftover in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink()
     record("train")  # where the folder is not writable, this fails now and not after an hour
-    env, data, held_out, about = load_data(cfg)
+    source = saved["source"] if saved and cfg.data == "auto" else cfg.data
+    env, data, held_out, about = load_data(replace(cfg, data=source))
     say("data: " + ", ".join(f"{k} {v}" for k, v in about.items()))
     names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
     info: dict[str, Any] = dict(versions={k: importlib.metadata.version(k) for k in names})
@@ -807,7 +812,7 @@ def train(cfg: Config) -> None:
     held_out = ReplayBuffer(held_out, cfg).sample(8192, fixed) | agent.draw_noise(8192, fixed)
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
     if saved:
-        expect(saved["data"] == about["sha256"], "the run's data", f"others in {about['path']}")
+        expect(saved["data"] == about["sha256"], "the run's data", f"other ones: {about['path']}")
         agent.load_state_dict(saved["agent"])
         agent.optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
@@ -816,17 +821,13 @@ def train(cfg: Config) -> None:
 
     def save() -> None:
         """Write the checkpoint, unless a parameter is not finite."""
-        finite = all(bool(x.isfinite().all()) for x in agent.state_dict().values())
-        expect(
-            finite,
-            f"finite parameters at step {state['step']}",
-            "NaN or infinity",
-            "the checkpoint is kept",
-        )
+        bad = [k for k, x in agent.state_dict().items() if not x.isfinite().all()]
+        where = f"finite parameters at step {state['step']}"
+        expect(not bad, where, f"NaN or infinity in {bad}", f"{checkpoint} is from before")
         state["seconds"] = time.time() - begin
         content = dict(format=FORMAT, config=asdict(cfg), dims=agent.dims, data=about["sha256"])
         content |= dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict())
-        content |= dict(generator=generator.get_state(), state=state)
+        content |= dict(generator=generator.get_state(), state=state, source=about["source"])
         content |= dict(online={k: v[offline_size:].clone() for k, v in buffer.arrays.items()})
         write_atomically(checkpoint, partial(torch.save, content))
 
@@ -848,22 +849,22 @@ def train(cfg: Config) -> None:
     online_env, episode, due = make_env(cfg.env), None, True
     transitions: list[tuple] = []  # of the online episode that is being played
     for phase, end in ends.items():
-        if state["step"] > end:  # resumed in a later phase
+        if state["step"] > end or (phase == "online" and not cfg.online_steps):  # nothing to do
             continue
         wait = 0 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
         bar = tqdm(total=end, desc=phase, initial=state["step"], bar_format=BAR, delay=wait)
         while True:
-            step = state["step"]
-            if (due or SIGNALS) and not transitions:  # online only between episodes
+            step, interrupted = state["step"], bool(SIGNALS)
+            if (due or interrupted) and not transitions:  # online only between episodes
                 save()
                 due = False
+                if interrupted:
+                    raise KeyboardInterrupt
             if step in evaluations and all(row["step"] != step for row in state["eval"]):
                 final, n, stream = step == end, cfg.eval_episodes, PERIODIC
                 n, stream = (cfg.final_episodes, FINAL) if final else (n, stream)
                 record("eval", dict(final=int(final)) | evaluate(agent, env, n, stream))
                 say(f"evaluation at step {step} on {n} episodes: {show(state['eval'][-1])}")
-            if SIGNALS and not transitions:
-                raise KeyboardInterrupt
             if step >= end:
                 break
             if phase == "online":
@@ -929,7 +930,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
-    except (Failure, OSError) as error:
+    except (Failure, OSError, BrokenExecutor) as error:
         text, code = error.args if isinstance(error, Failure) else (error, 1)
         print(f"trqam.py: error: {text}", file=sys.stderr)
         return code
