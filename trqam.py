@@ -736,7 +736,8 @@ PHASES = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQ
 BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
 SHOWN = dict(flow_loss="flow {:.3f}", held_out_loss="(held out {:.4f})", q_mean="Q {:7.2f}")
 SHOWN |= dict(critic_loss="critic {:7.3f}", matching_loss="match {:7.1f}", path_kl="kl {:.2f}")
-SHOWN |= dict(lam="λ {:.3f}", success="success {:6.1%}", stderr="± {:.1%} standard error")
+SHOWN |= dict(kl_budget="of {:.2f}", lam="λ {:.3f}", success="success {:6.1%}")
+SHOWN |= dict(stderr="± {:.1%} standard error")
 say = tqdm.write if sys.stderr.isatty() else partial(print, flush=True)  # a line above the bar
 
 
@@ -839,6 +840,7 @@ def train(cfg: Config) -> None:
         with torch.no_grad():
             x_0, x_1, t = (held_out[k] for k in ("x_flow", "actions", "t_flow"))
             loss = flow_matching_loss(partial(agent.flow, held_out["obs"]), x_0, x_1, t)
+        row |= dict(kl_budget=cfg.kl_budget) if "path_kl" in row else {}
         record("train", row | dict(held_out_loss=loss.item(), seconds=time.time() - begin))
         say(f"{bar}  {show(state['train'][-1])}")
         state.update(updates=0, sums={})
