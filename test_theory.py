@@ -984,13 +984,14 @@ class Mixture:
         return p if tilt is None else p / (p.sum() * (x[1] - x[0]))
 
     def velocity(self, x, t, tilt=None):
-        """E[X_1 − X_0 | X_t = x] = (E[X_1 | X_t = x] − x)/(1 − t), by Gauss–Hermite quadrature."""
+        """E[X_1 − X_0 | X_t = x] = (E[X_1 | X_t = x] − x)/(1 − t); the tilt by Gauss–Hermite."""
         var = t**2 * self.stds**2 + (1 - t) ** 2
         log_r = self.weights.log() - 0.5 * var.log() - 0.5 * (x - t * self.means) ** 2 / var
         mean = self.means + t * self.stds**2 / var * (x - t * self.means)
+        if tilt is None:
+            return ((log_r.softmax(-1) * mean).sum(-1, keepdim=True) - x) / (1 - t)
         y = mean[..., None] + ((1 - t) * self.stds / var.sqrt())[..., None] * NODES
-        r = log_r.softmax(-1)[..., None] * NODE_WEIGHTS
-        r = r if tilt is None else r * torch.exp(tilt(y))
+        r = log_r.softmax(-1)[..., None] * NODE_WEIGHTS * torch.exp(tilt(y))
         return ((r * y).sum((-1, -2)) / r.sum((-1, -2)))[..., None].sub(x) / (1 - t)
 
 

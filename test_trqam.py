@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium
@@ -342,6 +343,29 @@ def wait(pid) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def together(*jobs):
+    """Advance generators by turns; each yields while it waits for a process of its own."""
+    alive, deadline = list(jobs), time.monotonic() + 300
+    while alive:
+        assert time.monotonic() < deadline
+        alive = [job for job in alive if next(job, "over") != "over"]
+        time.sleep(0.002)
+
+
+def ended(pid):
+    """Wait for a process in `together`; its exit code."""
+    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        yield
+    return os.waitstatus_to_exitcode(done[1])
+
+
+def logged(run_dir, rows):
+    """Wait in `together` until train.csv has more than so many rows."""
+    log = run_dir / "train.csv"
+    while not log.exists() or log.read_text().count("\n") <= rows:
+        yield
+
+
 def call(run_dir, dataset_dir, *switches, code=0, **changes):
     """A run, in a fork if there are such; returns its screen."""
     argv, screen = command(run_dir, dataset_dir, *switches, **changes), f"{run_dir}.screen"
@@ -453,46 +477,50 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_resume_is_exact_after_sigkill_in_every_phase(finished, dataset_dir, tmp_path):
     """Killed at 14 moments and resumed, a run ends, to the bit, as one never interrupted.
 
-    9 when so many rows are logged (1-4 pretraining, 5-8 offline), 5 half-way in a write.
+    Two runs side by side: 9 kills when so many rows are logged (1-4 pretraining, 5-8 offline),
+    5 half-way in writing a checkpoint.
     """
-    argv, rng = command(tmp_path, dataset_dir, "--resume", **ONLINE), np.random.default_rng(0)
-    points = [1, "write 1", 3, "write 2", 5, 7, "write 3", 9, 30, "write 2", 50, 70, "write 1", 90]
-    log, killed = tmp_path / "train.csv", 0
-    for point in points:
-        if isinstance(point, str):
-            pid = fork(argv, functools.partial(die_in_write, int(point[-1])))
-        else:
-            pid, deadline = fork(argv), time.time() + 120
-            while not log.exists() or log.read_text().count("\n") <= point:
-                assert time.time() < deadline
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.05))
-            os.kill(pid, signal.SIGKILL)
-        killed += wait(pid) == -signal.SIGKILL
-    assert killed == len(points)
-    assert wait(fork(argv)) == 0
-    assert_same(contents(finished[0]), contents(tmp_path))
-    steps = [int(row["step"]) for row in read_csv(log)]
-    assert steps == list(range(5, 461, 5))  # no row twice, none missing
-    assert not list(tmp_path.glob("*.tmp"))
+    rng = np.random.default_rng(0)
+
+    def run(folder, *points):
+        argv = command(folder, dataset_dir, "--resume", **ONLINE)
+        for point in points:
+            if isinstance(point, str):
+                pid = fork(argv, functools.partial(die_in_write, int(point[-1])))
+            else:
+                pid = fork(argv)
+                yield from logged(folder, point)
+                time.sleep(rng.uniform(0, 0.05))
+                os.kill(pid, signal.SIGKILL)
+            assert (yield from ended(pid)) == -signal.SIGKILL, point
+        assert (yield from ended(fork(argv))) == 0
+        assert_same(contents(finished[0]), contents(folder))
+        steps = [int(row["step"]) for row in read_csv(folder / "train.csv")]
+        assert steps == list(range(5, 461, 5))  # no row twice, none missing
+        assert not list(folder.glob("*.tmp"))
+
+    one = run(tmp_path / "one", 1, "write 1", 5, "write 3", 9, 50, "write 1")
+    together(one, run(tmp_path / "two", 3, "write 2", 7, "write 2", 30, 70, 90))
 
 
 @needs_fork
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interrupt_saves_and_resume_is_exact(finished, dataset_dir, tmp_path, number, code):
+def test_interrupt_saves_and_resume_is_exact(finished, dataset_dir, tmp_path):
     """SIGTERM and Ctrl-C save, say how to go on, and exit with 143 and 130."""
-    argv, log = command(tmp_path, dataset_dir, "--resume", **ONLINE), tmp_path / "train.csv"
-    for rows in (2, 6, 40):
-        screen = tmp_path / "screen"
-        pid = fork(argv, screen=screen)
-        while not log.exists() or log.read_text().count("\n") <= rows:
-            time.sleep(0.002)
-        os.kill(pid, number)
-        assert wait(pid) == code and "--resume" in screen.read_text()
-        saved = trqam.load_checkpoint(tmp_path / "checkpoint.pt")["state"]
-        assert saved["step"] >= 5 * rows  # online: at the end of the episode
-    assert wait(fork(argv)) == 0
-    assert_same(contents(finished[0]), contents(tmp_path))
+
+    def run(number, code):
+        folder, screen = tmp_path / str(code), tmp_path / f"{code}.screen"
+        argv = command(folder, dataset_dir, "--resume", **ONLINE)
+        for rows in (2, 6, 40):
+            pid = fork(argv, screen=screen)
+            yield from logged(folder, rows)
+            os.kill(pid, number)
+            assert (yield from ended(pid)) == code and "--resume" in screen.read_text()
+            saved = trqam.load_checkpoint(folder / "checkpoint.pt")["state"]
+            assert saved["step"] >= 5 * rows  # online: at the end of the episode
+        assert (yield from ended(fork(argv))) == 0
+        assert_same(contents(finished[0]), contents(folder))
+
+    together(run(signal.SIGTERM, 143), run(signal.SIGINT, 130))
 
 
 # ===================================================================================== the README
@@ -603,8 +631,9 @@ def collect(folder, workers):
 
 def test_collected_data_do_not_depend_on_the_number_of_processes(tmp_path):
     """Same files for 1 and 2 processes; OGBench reads and relabels them; the second use reuses."""
-    one, cfg = collect(tmp_path / "one", 1)
-    two, _ = collect(tmp_path / "two", 2)
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(collect, tmp_path / "two", 2)
+        (one, cfg), (two, _) = collect(tmp_path / "one", 1), job.result()
     for name in (one.name, one.stem + "-val.npz"):
         a, b = np.load(one.with_name(name)), np.load(two.with_name(name))
         assert set(a) == {"observations", "actions", "terminals", "qpos", "qvel"}
@@ -628,25 +657,28 @@ def test_collected_data_do_not_depend_on_the_number_of_processes(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_killed_collection_leaves_nothing(tmp_path, dataset_dir, number, code):
+def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
     """SIGKILL to the parent, SIGTERM to all as a cluster sends it: no file is taken for a dataset,
     and no process is left."""
-    changes = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=3000, workers=1)
-    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    argv = command(tmp_path / "run", dataset_dir, **changes)
-    process = subprocess.Popen(argv, start_new_session=True, **options)
-    while "collecting" not in process.stderr.readline():
-        pass
-    time.sleep(4)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
-    assert process.wait(60) == code
-    assert not list(tmp_path.rglob("*.npz"))
-    deadline = time.time() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.time() < deadline:
-        time.sleep(0.2)
-    assert children and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+    def run(number, code, send):
+        folder, screen = tmp_path / str(code), tmp_path / f"{code}.screen"
+        changes = dict(data="scripted", cache_dir=folder / "cache", transitions=3000, workers=1)
+        pid = fork(command(folder / "run", dataset_dir, **changes), os.setsid, screen)
+        children: list[str] = []
+        while len(children) < 2 or "collecting" not in screen.read_text():  # a worker, a tracker
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            yield
+        until = time.monotonic() + 4  # the worker is at work
+        while time.monotonic() < until:
+            yield
+        send(pid, number)
+        assert (yield from ended(pid)) == code
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            yield
+        assert not list(folder.rglob("*.npz"))
+
+    together(run(signal.SIGKILL, -9, os.kill), run(signal.SIGTERM, 143, os.killpg))
 
 
 def test_unreachable_host_is_found_out_in_time(dataset_dir, tmp_path, monkeypatch, capsys):

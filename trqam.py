@@ -848,7 +848,7 @@ def train(cfg: Config) -> None:
     lengths = (cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps)
     ends = dict(zip(PHASES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
-    online_env, episode, due = make_env(cfg.env), None, True
+    online_env, episode, due = make_env(cfg.env) if cfg.online_steps else env, None, True
     transitions: list[tuple] = []  # of the online episode that is being played
     for phase, end in ends.items():
         if state["step"] > end or (phase == "online" and not cfg.online_steps):  # nothing to do
