@@ -321,6 +321,9 @@ def command(run_dir, dataset_dir, *switches, **changes):
     return [*TRQAM, *flags(**fields), *switches]
 
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
 def fork(argv, prepare=lambda: None, screen=os.devnull) -> int:
     """trqam.py in a forked process (no imports, so soon at work), its output in a file; the pid."""
     pid = os.fork()
@@ -445,11 +448,15 @@ def test_run_end_to_end(finished):
     assert saved["state"]["episodes"] == 2 and len(saved["online"]["rewards"]) == 400
 
 
+@needs_fork
 def test_same_seed_same_numbers(finished, dataset_dir, tmp_path):
     """Two runs agree to the bit; another seed does not."""
-    call(tmp_path / "b", dataset_dir, **ONLINE)
+
+    def run(name, **changes):
+        assert (yield from ended(fork(command(tmp_path / name, dataset_dir, **changes)))) == 0
+
+    together(run("b", **ONLINE), run("c", seed=1))
     assert_same(contents(finished[0]), contents(tmp_path / "b"))
-    call(tmp_path / "c", dataset_dir, seed=1)
     assert (tmp_path / "c" / "train.csv").read_text().split("\n")[1] != (
         finished[0] / "train.csv").read_text().split("\n")[1]  # fmt: skip
 
@@ -468,9 +475,6 @@ def die_in_write(nth):
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 @needs_fork
@@ -665,13 +669,13 @@ def test_killed_collection_leaves_nothing(tmp_path, dataset_dir):
         folder, screen = tmp_path / str(code), tmp_path / f"{code}.screen"
         changes = dict(data="scripted", cache_dir=folder / "cache", transitions=3000, workers=1)
         pid = fork(command(folder / "run", dataset_dir, **changes), os.setsid, screen)
-        children: list[str] = []
-        while len(children) < 2 or "collecting" not in screen.read_text():  # a worker, a tracker
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        while not screen.exists() or "collecting" not in screen.read_text():
             yield
-        until = time.monotonic() + 4  # the worker is at work
+        until = time.monotonic() + 5  # the worker is at work
         while time.monotonic() < until:
             yield
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert children
         send(pid, number)
         assert (yield from ended(pid)) == code
         while any(Path(f"/proc/{child}").exists() for child in children):
@@ -951,7 +955,8 @@ def test_runs_that_start_at_once_share_one_cache(dataset_dir, tmp_path):
     """Each collects, the file is the same and whole whoever is last, and so are the runs."""
     changes = dict(data="scripted", cache_dir=tmp_path / "cache", transitions=1000, workers=1)
     runs = [tmp_path / name for name in "ab"]
-    pids = [fork(command(run, dataset_dir, **changes), screen=f"{run}.log") for run in runs]
+    argvs = [command(run, dataset_dir, "--resume", **changes) for run in runs]
+    pids = [fork(argv, screen=f"{run}.log") for argv, run in zip(argvs, runs, strict=True)]
     assert [wait(pid) for pid in pids] == [0, 0], [Path(f"{run}.log").read_text() for run in runs]
     assert_same(*map(contents, runs))
     names = [file.name for file in (tmp_path / "cache").iterdir()]
