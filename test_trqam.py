@@ -156,6 +156,9 @@ def test_settings_come_from_domain_and_scale():
     assert (giant.width, giant.flow_layer_norm, giant.kl_budget) == (1024, True, 1.0)
     laptop = configure(env="cube-triple", scale="laptop", width=64, device="cpu")
     assert (laptop.width, laptop.critics) == (64, 10)
+    got = (laptop.flow_steps, laptop.batch, laptop.lr, laptop.pretrain_lr, laptop.tau)
+    assert got == (5, 128, 6e-4, 1e-3, 0.01) and laptop.kl_budget == 0.5
+    assert (laptop.pretrain_steps, laptop.offline_steps) == (30_000, 8_000)
     assert laptop.run_dir == "runs/cube-triple-task2/seed0"
 
 
@@ -180,7 +183,7 @@ def test_every_domain_names_an_environment_of_ogbench(domain):
 
 
 def test_default_tasks_are_those_of_ogbench():
-    for domain in ("cube-single", "scene", "puzzle-3x3", "puzzle-4x5", "pointmaze-medium"):
+    for domain in ("cube-single", "scene", "puzzle-4x4", "puzzle-4x5", "antsoccer-arena"):
         cfg = configure(env=domain, device="cpu")
         env = gymnasium.make(re.sub(rf"-({trqam.KINDS})-singletask.*", "-singletask-v0", cfg.env))
         env.reset()
@@ -284,6 +287,8 @@ def test_replay_batches_are_chunks():
         np.testing.assert_allclose(batch["rewards"][b], reward, rtol=1e-5)
         assert batch["masks"][b] == data["masks"][window].min()
         np.testing.assert_array_equal(batch["next_obs"][b], data["next_observations"][i + H - 1])
+    ones = trqam.ReplayBuffer(data | dict(actions=np.ones((19, 2), np.float32)), cfg)
+    assert ones.arrays["actions"].max() == np.float32(1 - 1e-5)
     assert seen == {0, 1, *range(4, 9), 11, *range(14, 17)}
 
 
@@ -304,16 +309,19 @@ def dataset_dir(tmp_path_factory):
 
 
 def write_dataset(folder, episodes=3, length=51, **changes):
-    rng = np.random.default_rng(0)
     N = episodes * length
+    for seed, name in enumerate(("cube-single-play-v0.npz", "cube-single-play-v0-val.npz")):
+        arrays = random_arrays(np.random.default_rng(seed), N)
+        arrays["terminals"] = np.arange(N) % length == length - 1
+        arrays |= changes
+        np.savez(folder / name, **{k: v for k, v in arrays.items() if v is not None})
+
+
+def random_arrays(rng, N):
     arrays = dict(observations=rng.normal(size=(N, 28)), actions=rng.uniform(-1, 1, (N, 5)))
     arrays |= dict(qpos=rng.normal(size=(N, 21)), qvel=rng.normal(size=(N, 20)))
     arrays["qpos"][10:14, 14:17] = (0.5, 0.0, 0.02)  # task 2 solved
-    arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
-    arrays["terminals"] = np.arange(N) % length == length - 1
-    arrays |= changes
-    for name in ("cube-single-play-v0.npz", "cube-single-play-v0-val.npz"):
-        np.savez(folder / name, **{k: v for k, v in arrays.items() if v is not None})
+    return {k: v.astype(np.float32) for k, v in arrays.items()}
 
 
 def command(run_dir, dataset_dir, *switches, **changes):
@@ -422,7 +430,7 @@ def finished(tmp_path_factory, dataset_dir):
     return folder, call(folder, dataset_dir, "--resume", **ONLINE)
 
 
-def test_run_end_to_end(finished):
+def test_run_end_to_end(finished, dataset_dir):
     """All phases run, are evaluated and logged, and the summary is printed."""
     folder, screen = finished
     train = read_csv(folder / "train.csv")
@@ -443,6 +451,15 @@ def test_run_end_to_end(finished):
     assert not list(folder.glob("*.tmp"))
     saved = trqam.load_checkpoint(folder / "checkpoint.pt")
     assert saved["state"]["episodes"] == 2 and len(saved["online"]["rewards"]) == 400
+    # no update between the steps 40 and 250; held-out loss on the held-out data
+    assert [int(r["step"]) for r in train if not r["flow_loss"]] == list(range(45, 251, 5))
+    agent = trqam.Agent.load(folder / "checkpoint.pt")
+    held_out = trqam.load_data(configure(**TINY, dataset_dir=dataset_dir))[2]
+    fixed = torch.Generator().manual_seed(0)
+    batch = trqam.ReplayBuffer(held_out, agent.cfg).sample(8192, fixed)
+    noise, v = agent.draw_noise(8192, fixed), functools.partial(agent.flow, batch["obs"])
+    loss = trqam.flow_matching_loss(v, noise["x_flow"], batch["actions"], noise["t_flow"])
+    assert float(train[-1]["held_out_loss"]) == pytest.approx(loss.item(), rel=1e-5)
 
 
 @needs_fork
@@ -785,6 +802,53 @@ def test_episodes_do_not_depend_on_what_was_played_before(finished):
     assert any((new_plain[k] != used_plain[k]).any() for k in ("ctrl", "qacc_warmstart"))
 
 
+class Corridor(gymnasium.Env):
+    """Seven steps; the observation counts them, and the seed says whether the end is a success."""
+
+    def reset(self, seed=None):
+        self.n, self.solved = 0, bool(seed % 2)
+        return np.full(3, 0.0), {}
+
+    def step(self, action):
+        self.n += 1
+        over = self.n == 7
+        info = dict(success=float(over and self.solved))
+        return np.full(3, float(self.n)), -self.n, over and self.solved, over, info
+
+
+def test_episodes_are_played_by_the_fine_tuned_policy():
+    """`act` is K Euler steps of v_ft; `play` yields what happened, chunks executed open loop."""
+    agent = golden_agent().float()
+    obs, noise = np.ones(3), torch.randn(1, 4, generator=torch.Generator().manual_seed(1))
+    v = functools.partial(agent.policy, torch.ones(1, 3))
+    chunk = trqam.sample_flow(v, noise, 4).view(2, 2).numpy()
+    np.testing.assert_array_equal(agent.act(obs, torch.Generator().manual_seed(1)), chunk)
+    with pytest.raises(RuntimeError):  # one observation at a time
+        agent.act(np.ones((3, 3)))
+    seed, episode = trqam.seed_of(0, 2, 5), list(trqam.play(agent, Corridor(), 2, 5))
+    generator = torch.Generator().manual_seed(seed)
+    for i, ((obs, next_obs, action, reward, mask, done), _) in enumerate(episode):
+        chunk = agent.act(np.full(3, float(i)), generator) if i % 2 == 0 else chunk
+        np.testing.assert_array_equal(action, chunk[i % 2])
+        assert (obs[0], next_obs[0], reward, done) == (i, i + 1, -i - 1, i == 6)
+        assert mask == (0 if i == 6 and seed % 2 else 1)
+    assert len(episode) == 7 and len({trqam.PERIODIC, trqam.FINAL, trqam.ONLINE}) == 3
+
+
+def test_evaluation_averages_the_episodes():
+    """Success at the end ± standard error, mean return and length, of seeded episodes."""
+    row = trqam.evaluate(golden_agent().float(), Corridor(), 10, 2)
+    won = [float(trqam.seed_of(0, 2, i) % 2) for i in range(10)]
+    assert 0 < sum(won) < 10 and row["success"] == pytest.approx(np.mean(won))
+    assert row["stderr"] == pytest.approx(np.std(won, ddof=1) / math.sqrt(10))
+    assert (row["mean_return"], row["mean_length"], row["episodes"]) == (-28, 7, 10)
+
+
+def test_benchmark_measures():
+    fields = TINY | dict(width=64)
+    assert all(0 < seconds < 10 for seconds in trqam.benchmark(configure(**fields), 1))
+
+
 def test_video_without_opengl_says_what_is_missing(finished, dataset_dir):
     """Where rendering is impossible, --video says so and exits with 1."""
     argv = command(finished[0], dataset_dir, "--eval-only", "--video", final_episodes=1)
@@ -857,8 +921,10 @@ def test_resume_refuses_other_data(finished, dataset_dir, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     write_dataset(tmp_path, episodes=4)
     cfg = configure(**TINY, **ONLINE, resume=True, run_dir=tmp_path / "run", dataset_dir=tmp_path)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     with pytest.raises(trqam.Failure, match="expected the run's data, got other ones"):
         trqam.train(cfg)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
 
 
 @needs_fork

@@ -66,8 +66,8 @@ from tqdm import tqdm
 
 # ======================================================================================= settings
 
-SINGLETASK = (re.fullmatch(r"(.+)-singletask-v0", name) for name in gymnasium.registry)
-DOMAINS = [m[1] for m in SINGLETASK if m and not m[1].startswith("visual-")]  # OGBench's
+NAMES = [name for name in gymnasium.registry if name.endswith("-singletask-v0")]  # OGBench's
+DOMAINS = [n.removesuffix("-singletask-v0") for n in NAMES if not n.startswith("visual-")]
 MAZES = [domain for domain in DOMAINS if re.match(".*maze|.*soccer", domain)]
 KINDS = "play|noisy|navigate|stitch|explore"
 LAPTOP: dict[str, Any] = dict(width=256, flow_steps=5, batch=128, lr=6e-4, tau=0.01, kl_budget=0.5)
@@ -93,7 +93,7 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
     data: Literal["auto", "ogbench", "scripted"] = "auto"
     dataset_dir: str = "~/.ogbench/data"  # folder of the official datasets
     cache_dir: str = "~/.cache/trqam"  # folder of the datasets collected here
-    transitions: int = 1_000_000  # size of a collected dataset (in episodes of 1000)
+    transitions: int = 1_000_000  # to be collected, in whole episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of processes does not matter
     workers: int = os.cpu_count() or 1  # processes that collect
 
@@ -120,7 +120,7 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
     offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
-    eval_interval: int = 50_000  # updates between evaluations
+    eval_interval: int = 50_000  # updates between evaluations, after pretraining
     eval_episodes: int = 50  # episodes of such an evaluation
     final_episodes: int = 50  # episodes at the end of each phase, on seeds of their own
     log_interval: int = 1_000  # updates per row of train.csv, which holds their averages
@@ -133,8 +133,8 @@ MAY_CHANGE += ["workers", "data"]  # the checkpoint knows its data
 # of the numbers; where nothing is said, integers start at 1 and the others are from 0 to 1
 RANGES: dict[str, tuple[float, float]] = dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100))
 RANGES |= dict(kl_budget=(1e-6, 1e6), fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
-RANGES |= dict.fromkeys(("seed", "data_seed", "offline_steps", "online_steps"), (0, 10**9))
-RANGES |= dict(online_start=(0, 10**9))
+FROM_0 = ("seed", "data_seed", "offline_steps", "online_steps", "online_start")
+RANGES |= dict.fromkeys(FROM_0, (0, 10**9)) | dict.fromkeys(("lr", "pretrain_lr", "tau"), (1e-9, 1))
 
 
 class Failure(Exception):
@@ -151,7 +151,7 @@ def parse(args: list[str]) -> Config:
     """Settings: explicit flag > laptop scale > domain > paper. Raises Failure, SystemExit."""
     cfg = tyro.cli(Config, args=[arg for arg in args if arg not in ("-h", "--help")])
     match = re.fullmatch(f"(.+?)(?:-({KINDS})-singletask(?:-task([1-5]))?-v0)?", cfg.env)
-    known = f"--env to be one of {', '.join(DOMAINS)}, or a full OGBench id of one"
+    known = f"--env to be one of {', '.join(DOMAINS)}, or a full id of one, as --help shows"
     domain, kind, task = match.groups() if match else ("", "", "")
     expect(domain in DOMAINS, known, repr(cfg.env), code=2)
     default = 4 if domain in ("puzzle-3x3", "puzzle-4x4") or "soccer" in domain else 2
@@ -167,7 +167,8 @@ def parse(args: list[str]) -> Config:
     preset |= dict(gamma=0.999, rho=0.0) if "humanoid" in domain else {}
     preset |= dict(kl_budget=0.5) if domain in ("humanoidmaze-medium", "cube-triple") else {}
     preset |= LAPTOP if scale == "laptop" else {}
-    cfg = tyro.cli(Config, args=args, default=Config(**preset), description=__doc__)
+    about = __doc__.split("\n    obs ")[0]
+    cfg = tyro.cli(Config, args=args, default=Config(**preset), description=about)
     for k, v in asdict(cfg).items():
         if isinstance(v, (int, float)) and not isinstance(v, bool):
             low, high = RANGES.get(k, (1, 10**9) if isinstance(v, int) else (0, 1))
@@ -416,7 +417,8 @@ class Agent(nn.Module):
 
     def pretrain_update(self, batch: dict, noise: dict, lr: float) -> dict[str, Tensor]:
         """One step of behaviour cloning of the base flow; returns metrics, on the device."""
-        v, self.optimizer.param_groups[0]["lr"] = partial(self.flow, batch["obs"]), lr
+        self.optimizer.param_groups[0]["lr"] = lr
+        v = partial(self.flow, batch["obs"])
         loss = flow_matching_loss(v, noise["x_flow"], batch["actions"], noise["t_flow"])
         return dict(flow_loss=loss.detach(), grad_norm=self._descend(loss, []))
 
@@ -486,7 +488,8 @@ class Agent(nn.Module):
         """
         x_0 = torch.randn(1, self.D, generator=generator).to(self.dual.device)
         v = partial(self.policy, torch.as_tensor(obs).to(x_0)[None])
-        return sample_flow(v, x_0, self.cfg.flow_steps).view(-1, self.dims[1]).cpu().numpy()
+        chunk = sample_flow(v, x_0, self.cfg.flow_steps)
+        return chunk.view(self.cfg.chunk, self.dims[1]).cpu().numpy()
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> Agent:
@@ -772,8 +775,8 @@ def train(cfg: Config) -> None:
     """All phases in one loop; a step is an update, online an environment step and an update."""
     folder, checkpoint, begin = Path(cfg.run_dir), Path(cfg.run_dir, "checkpoint.pt"), time.time()
     # the state beside agent, data and generator; sums: of metrics since the last row of train.csv
-    state: dict[str, Any] = dict(step=0, episodes=0, seconds=0.0, updates=0, sums={})
-    state, saved = state | dict(train=[], eval=[]), None
+    state: dict[str, Any] = dict(step=0, episodes=0, seconds=0.0, updates=0, sums={}, train=[])
+    state, saved = state | dict(eval=[]), None
     if checkpoint.exists():
         todo = "go on with --resume, or use another --run-dir"
         expect(cfg.resume, "a new folder", f"a run in {folder}", todo, 2)
@@ -799,14 +802,7 @@ def train(cfg: Config) -> None:
     record("train")  # where the folder is not writable, this fails now and not after an hour
     source = saved["source"] if saved and cfg.data == "auto" else cfg.data
     env, data, held_out, about = load_data(replace(cfg, data=source))
-    say("data: " + ", ".join(f"{k} {v}" for k, v in about.items()))
-    names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
-    info: dict[str, Any] = dict(versions={k: importlib.metadata.version(k) for k in names})
-    info |= dict(data_used=about, python=sys.version, threads=torch.get_num_threads())
-    info |= dict(gpu=torch.cuda.get_device_name()) if cfg.device == "cuda" else {}
-    text = json.dumps(asdict(cfg) | info | dict(command=sys.argv), indent=1).encode()
-    write_atomically(folder / "config.json", lambda file: file.write(text))
-
+    say("data: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "sha256"))
     buffer, offline_size = ReplayBuffer(data, cfg), len(data["rewards"])
     agent = Agent(cfg, data["observations"].shape[1], data["actions"].shape[1])
     fixed = torch.Generator(cfg.device).manual_seed(0)  # held-out batch and noise never change
@@ -819,6 +815,12 @@ def train(cfg: Config) -> None:
         generator.set_state(saved["generator"])
         buffer.add(saved["online"])
         say(f"resuming at step {state['step']}")
+    names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
+    info: dict[str, Any] = dict(versions={k: importlib.metadata.version(k) for k in names})
+    info |= dict(data_used=about, python=sys.version, threads=torch.get_num_threads())
+    info |= dict(gpu=torch.cuda.get_device_name()) if cfg.device == "cuda" else {}
+    text = json.dumps(asdict(cfg) | info | dict(command=sys.argv), indent=1).encode()
+    write_atomically(folder / "config.json", lambda file: file.write(text))
 
     def save() -> None:
         """Write the checkpoint, unless a parameter is not finite."""
@@ -893,6 +895,7 @@ def train(cfg: Config) -> None:
             if step % cfg.log_interval == 0 or step == end:
                 log()
             due |= step % cfg.save_interval == 0 or step in evaluations
+        bar.close()
     save()
     trust = f"λ {agent.lam:.3f}, KL/budget {agent.kl_ema:.2f}/{cfg.kl_budget:.2f}"
     say(f"{folder}: {trust}, wall-clock {tqdm.format_interval(state['seconds'])}")
@@ -910,27 +913,30 @@ def main() -> int:
         signal.signal(number, lambda n, _: os._exit(128 + n) if SIGNALS else SIGNALS.append(n))
     try:
         cfg = parse(sys.argv[1:])
-        sizes = f"width {cfg.width}, {cfg.critics} critics, K {cfg.flow_steps}, batch {cfg.batch}"
-        say(f"{cfg.env}, seed {cfg.seed}, on {cfg.device}, scale {cfg.scale} ({sizes})")
+        checkpoint = Path(cfg.run_dir, "checkpoint.pt")
+        agent = Agent.load(checkpoint, cfg.device) if cfg.eval_only else None
+        run = agent.cfg if agent else cfg
+        sizes = f"width {run.width}, {run.critics} critics, K {run.flow_steps}, batch {run.batch}"
+        say(f"{run.env}, seed {run.seed}, on {cfg.device}, scale {run.scale} ({sizes})")
         if cfg.benchmark:
             say("{:.4f} s per pretraining, {:.4f} s per TRQAM update".format(*benchmark(cfg)))
-        elif not cfg.eval_only:
+        elif not agent:
             scale = "laptop" if cfg.scale == "paper" else "paper"
-            if not cfg.resume:
+            if not checkpoint.exists():
                 other = parse([*sys.argv[1:], "--scale", scale])
                 seconds = np.dot(benchmark(other, 1), (other.pretrain_steps, other.offline_steps))
                 say(f"--scale {scale} would train for about {seconds / 3600:.1f} hours here")
             say(" ".join(f"{k}={v}" for k, v in asdict(cfg).items() if k not in MAY_CHANGE))
             train(cfg)
-        if cfg.eval_only or cfg.video:
-            agent = Agent.load(Path(cfg.run_dir, "checkpoint.pt"), cfg.device)
-        if cfg.eval_only:
-            row = evaluate(agent, make_env(agent.cfg.env), cfg.final_episodes, FINAL)
+        if agent:
+            row = evaluate(agent, make_env(run.env), cfg.final_episodes, FINAL)
             say(f"{show(row)}, {cfg.final_episodes} episodes")
         if cfg.video:
-            render_video(agent, Path(cfg.run_dir, "video.gif"))
+            agent = agent or Agent.load(checkpoint, cfg.device)
+            render_video(agent, checkpoint.with_name("video.gif"))
     except KeyboardInterrupt:
-        print("trqam.py: interrupted; go on with --resume", file=sys.stderr)
+        todo = "" if cfg.eval_only else "; go on with --resume"
+        print(f"trqam.py: interrupted{todo}", file=sys.stderr)
         return 128 + SIGNALS[0]
     except (Failure, OSError, BrokenExecutor) as error:
         text, code = error.args if isinstance(error, Failure) else (error, 1)
