@@ -629,6 +629,23 @@ def test_pretraining_trains_the_flow_alone_and_is_handed_over():
     assert not agent.optimizer.state and agent.optimizer.param_groups[0]["lr"] == agent.cfg.lr
 
 
+def test_learning_rate_of_pretraining(dataset_dir, tmp_path, monkeypatch):
+    """Cosine to 0 with --pretrain-decay, constant without; --offline-steps 0 only pretrains."""
+    rates, update = [], trqam.Agent.pretrain_update
+
+    def spy(agent, batch, noise, lr):
+        rates.append(lr)
+        return update(agent, batch, noise, lr)
+
+    monkeypatch.setattr(trqam.Agent, "pretrain_update", spy)
+    for decay in (True, False):
+        fields = dict(pretrain_steps=4, offline_steps=0, pretrain_lr=0.5, pretrain_decay=decay)
+        fields |= dict(run_dir=tmp_path / str(decay), dataset_dir=dataset_dir)
+        trqam.train(configure(**TINY | fields))
+    cosine = [0.5 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx(cosine + [0.5] * 4)
+
+
 def test_update_never_reads_the_device():
     """On the meta device there is nothing to read: .item() or a branch on a tensor would raise."""
     agent = golden_agent().float().to("meta")
