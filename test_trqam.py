@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium
+import imageio
 import numpy as np
 import ogbench
 import pytest
@@ -92,7 +93,7 @@ def golden_agent(**changes) -> trqam.Agent:
     sizes = dict(width=8, layers=2, critics=3, flow_steps=4, chunk=2, batch=6)
     settings = dict(gamma=0.9, rho=0.5, kl_budget=0.5, scale="paper", device="cpu")
     agent = trqam.Agent(configure(**sizes | settings | changes), 3, 2).double()
-    agent.reset_optimizer()
+    agent.start_from_flow()
     with torch.no_grad():
         nets = (agent.flow, agent.base, agent.policy, agent.critic, agent.target_critic)
         for T, net in enumerate(nets, start=1):
@@ -623,7 +624,7 @@ def test_pretraining_trains_the_flow_alone_and_is_handed_over():
     agent.pretrain_update(*golden_inputs(1), lr=1e-3)
     moved = {k.split(".")[0] for k, v in agent.state_dict().items() if not v.equal(before[k])}
     assert moved == {"flow"} and agent.optimizer.state
-    agent.finish_pretraining()
+    agent.start_from_flow()
     for net in (agent.base, agent.policy):
         assert_same(net.state_dict(), agent.flow.state_dict())
     assert not agent.optimizer.state and agent.optimizer.param_groups[0]["lr"] == agent.cfg.lr
@@ -649,7 +650,7 @@ def test_learning_rate_of_pretraining(dataset_dir, tmp_path, monkeypatch):
 def test_update_never_reads_the_device():
     """On the meta device there is nothing to read: .item() or a branch on a tensor would raise."""
     agent = golden_agent().float().to("meta")
-    agent.reset_optimizer()
+    agent.start_from_flow()
     batch, noise = ({k: v.float().to("meta") for k, v in d.items()} for d in golden_inputs(1))
     agent.optimizer.step = lambda: None  # Adam keeps its step count on the CPU, by design
     metrics = agent.update(batch, noise)
@@ -861,6 +862,28 @@ def test_evaluation_averages_the_episodes():
     assert (row["mean_return"], row["mean_length"], row["episodes"]) == (-28, 7, 10)
 
 
+def test_video_shows_the_episodes_as_played(tmp_path, monkeypatch):
+    """A GIF of every second step of three episodes: of the evaluation's, in their order."""
+
+    class Lamp(Corridor):  # as bright as the step is late, and red in an episode that succeeds
+        def render(self):
+            grey = np.full((16, 16, 3), 30 * self.n, np.uint8)
+            grey[..., 0] += 20 * self.solved
+            return grey
+
+        def reset(self, seed=0):
+            return super().reset(seed)
+
+    asked = {}
+    monkeypatch.setattr(trqam, "make_env", lambda name, **kw: asked.update(kw) or Lamp())
+    trqam.render_video(golden_agent().float(), tmp_path / "video.gif")
+    frames = imageio.mimread(tmp_path / "video.gif")
+    won = [trqam.seed_of(0, trqam.FINAL, i) % 2 for i in range(3)]
+    seen = [(round(float(f[..., 1].mean())), round(float(f[..., 0].mean()))) for f in frames]
+    assert seen == [(30 * n, 30 * n + 20 * w) for w in won for n in (1, 3, 5, 7)]
+    assert asked["render_mode"] == "rgb_array" and len(set(won)) == 2
+
+
 def test_benchmark_measures():
     fields = TINY | dict(width=64)
     assert all(0 < seconds < 10 for seconds in trqam.benchmark(configure(**fields), 1))
@@ -999,7 +1022,7 @@ def test_adversarial_critics(kind, exponent, seed):
     agent = golden_agent().float()
     agent.critic, agent.target_critic = (Adversary(kind, 10.0**exponent) for _ in range(2))
     agent.target_critic.requires_grad_(False)
-    agent.reset_optimizer()
+    agent.start_from_flow()
     generator = torch.Generator().manual_seed(seed)
     for s in (1, 2, 3):
         batch = {k: v.float() for k, v in golden_inputs(s)[0].items()}
@@ -1017,8 +1040,8 @@ def test_run_with_a_critic_that_is_nan_somewhere(dataset_dir, tmp_path, monkeypa
     """The run stops with the step, the terms and λ, and keeps the last finite checkpoint."""
 
     class Bad(trqam.Agent):
-        def finish_pretraining(self):
-            super().finish_pretraining()
+        def start_from_flow(self):
+            super().start_from_flow()
             self.target_critic.forward = lambda obs, x: Adversary("nan", 1.0)(obs, x)[:2]
 
     monkeypatch.setattr(trqam, "Agent", Bad)
