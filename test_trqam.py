@@ -951,7 +951,7 @@ def test_resume_refuses_a_damaged_checkpoint(finished, dataset_dir, tmp_path, co
         path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     before = path.read_bytes()
     cfg = configure(**TINY, **ONLINE, resume=True, run_dir=tmp_path, dataset_dir=dataset_dir)
-    with pytest.raises(trqam.Failure, match=r"expected (a checkpoint, got a damaged|.* format 2)"):
+    with pytest.raises(trqam.Failure, match=r"expected (a checkpoint, got a damaged|.* format 3)"):
         trqam.train(cfg)
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == [path.name]
 

@@ -64,14 +64,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # ======================================================================================= settings
-NAMES = [name for name in gymnasium.registry if name.endswith("-singletask-v0")]  # OGBench's
-DOMAINS = [n.removesuffix("-singletask-v0") for n in NAMES if not n.startswith("visual-")]
-MAZES = [domain for domain in DOMAINS if re.match(".*maze|.*soccer", domain)]
+DOMAINS = re.findall(r"^(?!visual-)(.+)-singletask-v0$", "\n".join(gymnasium.registry), re.M)
+MAZES = [domain for domain in DOMAINS if re.search("maze|soccer", domain)]
 KINDS = "play|noisy|navigate|stitch|explore"
 LAPTOP: dict[str, Any] = dict(width=256, flow_steps=5, batch=128, lr=6e-4, tau=0.01, kl_budget=0.5)
 LAPTOP |= dict(pretrain_lr=1e-3, pretrain_decay=True, pretrain_steps=30_000, offline_steps=8_000)
 LAPTOP |= dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
 LAPTOP |= dict(transitions=300_000)  # what 2 cores finish in 40 minutes
+MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "run_dir", "dataset_dir", "cache_dir"]
+MAY_CHANGE += ["workers", "data"]  # on --resume, as they say where and how to run, not what
+RANGES: dict[Any, tuple] = {int: (1, 10**9), float: (0, 1)}  # by type, or by name:
+RANGES |= dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100), kl_budget=(1e-6, 1e6))
+RANGES |= dict(fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
+FROM_0 = ("seed", "data_seed", "offline_steps", "online_steps", "online_start")
+RANGES |= dict.fromkeys(FROM_0, (0, 10**9)) | dict.fromkeys(("lr", "pretrain_lr", "tau"), (1e-9, 1))
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,10 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
     benchmark: bool = False  # only measure the seconds per update
-    # ogbench: the official dataset, downloaded if need be; scripted: collected here with OGBench's
-    # oracles (cube, scene, puzzle); auto: the official one, scripted if its host can't be reached
-    data: Literal["auto", "ogbench", "scripted"] = "auto"
-    dataset_dir: str = "~/.ogbench/data"  # folder of the official datasets
+    data: Literal["auto", "ogbench", "scripted"] = "auto"  # auto: official, scripted if need be
+    dataset_dir: str = "~/.ogbench/data"  # folder of the official datasets, downloaded if need be
     cache_dir: str = "~/.cache/trqam"  # folder of the datasets collected here
-    transitions: int = 1_000_000  # to be collected, in whole episodes of 1000
+    transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of processes does not matter
     workers: int = os.cpu_count() or 1  # processes that collect
 
@@ -123,16 +127,6 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
     final_episodes: int = 50  # episodes at the end of each phase, on seeds of their own
     log_interval: int = 1_000  # updates per row of train.csv, which holds their averages
     save_interval: int = 10_000  # updates between checkpoints
-
-
-# on --resume these may change: they say where and how to run, not what
-MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "run_dir", "dataset_dir", "cache_dir"]
-MAY_CHANGE += ["workers", "data"]  # the checkpoint knows its data
-# of the numbers; where nothing is said, integers start at 1 and the others are from 0 to 1
-RANGES: dict[str, tuple[float, float]] = dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100))
-RANGES |= dict(kl_budget=(1e-6, 1e6), fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
-FROM_0 = ("seed", "data_seed", "offline_steps", "online_steps", "online_start")
-RANGES |= dict.fromkeys(FROM_0, (0, 10**9)) | dict.fromkeys(("lr", "pretrain_lr", "tau"), (1e-9, 1))
 
 
 class Failure(Exception):
@@ -168,11 +162,9 @@ def parse(args: list[str]) -> Config:
     about = __doc__.split("\n    obs ")[0]
     cfg = tyro.cli(Config, args=args, default=Config(**preset), description=about)
     for k, v in asdict(cfg).items():
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            low, high = RANGES.get(k, (1, 10**9) if isinstance(v, int) else (0, 1))
-            expect(low <= v <= high, f"--{k.replace('_', '-')} in [{low}, {high}]", v, code=2)
-    name = cfg.env.split("-singletask")[0]
-    run_dir = cfg.run_dir or f"runs/{name}-task{task}/seed{cfg.seed}"
+        low, high = RANGES.get(k) or RANGES.get(type(v), (v, v))
+        expect(low <= v <= high, f"--{k.replace('_', '-')} in [{low}, {high}]", v, code=2)
+    run_dir = cfg.run_dir or f"runs/{cfg.env.split('-singletask')[0]}-task{task}/seed{cfg.seed}"
     env = f"{domain}-{kind or ('navigate' if domain in MAZES else 'play')}-singletask-task{task}-v0"
     return replace(cfg, env=env, task=task, device=device, scale=scale, run_dir=run_dir)
 
@@ -182,17 +174,15 @@ class MLP(nn.Module):
     """MLP with tanh-GELU, or an ensemble of E of them evaluated as one.
 
     Weights ([E,] in, out) start Xavier-uniform, biases at zero; `layer_norm`: a LayerNorm with
-    ε = 1e-6 after each activation. A flow policy is one of (s, x_t, t), a critic of (s, chunk).
+    ε = 1e-6 after each activation.
     """
 
     def __init__(self, sizes: list[int], layer_norm: bool, gen: torch.Generator, ensemble: int = 0):
         super().__init__()
         lead, row = ((ensemble,), (ensemble, 1)) if ensemble else ((), ())
-        pairs = list(itertools.pairwise(sizes))
-        uniform = [2 * torch.rand(*lead, i, o, generator=gen) - 1 for i, o in pairs]
-        bounds = [math.sqrt(6 / (i + o)) for i, o in pairs]
-        self.weights = nn.ParameterList(map(torch.mul, uniform, bounds))
-        self.biases = nn.ParameterList(torch.zeros(*row, o) for _, o in pairs)
+        raw = [2 * torch.rand(*lead, i, o, generator=gen) - 1 for i, o in itertools.pairwise(sizes)]
+        self.weights = nn.ParameterList(w * math.sqrt(6 / sum(w.shape[-2:])) for w in raw)
+        self.biases = nn.ParameterList(torch.zeros(*row, n) for n in sizes[1:])
         normed = sizes[1:-1] if layer_norm else []
         self.scales = nn.ParameterList(torch.ones(*row, n) for n in normed)
         self.offsets = nn.ParameterList(torch.zeros(*row, n) for n in normed)
@@ -201,16 +191,12 @@ class MLP(nn.Module):
         """(..., B or 1, in) each -> ([E,] ..., B, out)."""
         lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
         x = torch.cat([x.expand(*lead, -1) for x in inputs], -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if i > 0:
-                x = F.gelu(x, approximate="tanh")
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = F.gelu(x, approximate="tanh") if i > 0 else x
             if i > 0 and len(self.scales):
                 x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
                 x = torch.addcmul(self.offsets[i - 1], x, self.scales[i - 1])
-            if weight.ndim == 2:
-                x = F.linear(x, weight.mT, bias)
-            else:
-                x = torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
+            x = F.linear(x, w.T, b) if w.ndim < 3 else torch.baddbmm(b, x.expand(len(w), -1, -1), w)
         return x
 
 
@@ -371,7 +357,7 @@ def dual_step(
 
 # ========================================================================================== agent
 class Agent(nn.Module):
-    """Base flow, fine-tuned flow, critics and trust region, and one update of them all.
+    """Flows, critics and trust region, and one update of them all.
 
     `flow` is the base flow in training and `base`, v_base, its Polyak copy; `policy` is v_ft;
     `target_critic` the Polyak copy of `critic`. λ, the KL average and metrics stay on the device.
@@ -382,10 +368,8 @@ class Agent(nn.Module):
         self.cfg, self.dims, self.D = cfg, (obs_dim, action_dim), cfg.chunk * action_dim
         gen = torch.Generator().manual_seed(cfg.seed)  # on the CPU: one start for every device
         n_in, hidden = obs_dim + self.D, [cfg.width] * cfg.layers
-        self.flow = MLP([n_in + 1, *hidden, self.D], cfg.flow_layer_norm, gen)
-        self.critic = MLP([n_in, *hidden, 1], True, gen, cfg.critics)
-        self.base = copy.deepcopy(self.flow).requires_grad_(False)
-        self.policy = copy.deepcopy(self.flow)
+        self.flow = MLP([n_in + 1, *hidden, self.D], cfg.flow_layer_norm, gen)  # v(s, x_t, t)
+        self.critic = MLP([n_in, *hidden, 1], True, gen, cfg.critics)  # Q(s, chunk)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.dual: Tensor = nn.Buffer(torch.ones(()))  # ℓ
         self.kl_ema: Tensor = nn.Buffer(torch.zeros(()))  # D
@@ -409,14 +393,13 @@ class Agent(nn.Module):
         self.optimizer.param_groups[0]["lr"] = lr
         v = partial(self.flow, batch["obs"])
         loss = flow_matching_loss(v, noise["x_flow"], batch["actions"], noise["t_flow"])
-        return dict(flow_loss=loss.detach(), grad_norm=self._descend(loss, []))
+        return self._descend(loss, dict(flow_loss=loss))
 
     def start_from_flow(self) -> None:
         """v_base and v_ft start from the pretrained flow, with a fresh Adam for the three nets."""
-        self.base.load_state_dict(self.flow.state_dict())
-        self.policy.load_state_dict(self.flow.state_dict())
-        trained = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=self.cfg.lr)
+        self.base = copy.deepcopy(self.flow).requires_grad_(False)
+        self.policy = copy.deepcopy(self.flow)
+        self.optimizer = torch.optim.Adam(self.parameters(), self.cfg.lr)  # skips the copies
 
     def update(self, batch: dict, noise: dict) -> dict[str, Tensor]:
         """One TRQAM update by `draw_noise`'s numbers; returns metrics, on the device.
@@ -425,61 +408,50 @@ class Agent(nn.Module):
         """
         cfg, obs, next_obs, lam = self.cfg, batch["obs"], batch["next_obs"], self.lam
         v_flow, v_base, v_fine = (partial(net, obs) for net in (self.flow, self.base, self.policy))
-
         # critic: the target takes the next chunk from v_ft
         next_chunk = sample_flow(partial(self.policy, next_obs), noise["x_next"], cfg.flow_steps)
         q_next = self.target_critic(next_obs, next_chunk).squeeze(-1)
         y = td_target(batch["rewards"], batch["masks"], q_next, cfg.gamma**cfg.chunk, cfg.rho)
         q = self.critic(obs, batch["actions"]).squeeze(-1)
         critic_loss = (q - y).square().mean()
-
         # base flow: behaviour cloning goes on
         flow_loss = flow_matching_loss(v_flow, noise["x_flow"], batch["actions"], noise["t_flow"])
-
         # fine-tuned flow: simulate, carry the adjoint back, match
         path = simulate_sde(v_fine, v_base, noise["x_sde"], noise["sde"])
         terminal = -q_gradient(lambda x: self.target_critic(obs, x).squeeze(-1), path[-1])
         adjoint = lean_adjoint(v_base, path, terminal)[:-1]
         gap = velocity_gap(v_fine, v_base, path)
         matching_loss = adjoint_matching_loss(gap, adjoint, lam)
-
-        # one step for all three nets, and the Polyak copies
-        copies, loss = [(self.target_critic, self.critic)], critic_loss + matching_loss
-        if not cfg.frozen_base:
-            copies, loss = [*copies, (self.base, self.flow)], loss + flow_loss
-        grad_norm = self._descend(loss, copies)
-
         # trust region: KL per action of the chunk, dual descent
         kl = path_kl(gap.detach()).mean() / cfg.chunk
         self.kl_ema, dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
         self.dual = self.dual if cfg.fixed_lambda else dual
         metrics = dict(q_mean=q.mean(), critic_loss=critic_loss, flow_loss=flow_loss)
         metrics |= dict(matching_loss=matching_loss, path_kl=kl, kl_ema=self.kl_ema, lam=self.lam)
-        metrics |= dict(target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk, grad_norm=grad_norm)
+        metrics |= dict(target_kl=tilt_kl(adjoint, lam).mean() / cfg.chunk)
         metrics |= dict(adj_mean=terminal.abs().mean(), adj_max=terminal.abs().max())
-        return {k: v.detach() for k, v in metrics.items()}
-
-    def _descend(self, loss: Tensor, copies: list[tuple[MLP, MLP]]) -> Tensor:
-        """Clip at norm 1; Polyak, with the parameters from before Adam (authors' code); Adam."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        # Polyak copies, by the parameters from before Adam (authors' code); one step for all nets
+        loss, copies = critic_loss + matching_loss, [(self.target_critic, self.critic)]
+        if not cfg.frozen_base:
+            loss, copies = loss + flow_loss, [*copies, (self.base, self.flow)]
         with torch.no_grad():
             for slow, fast in copies:
-                old, new = [*slow.parameters()], [*fast.parameters()]
-                torch._foreach_lerp_(old, new, self.cfg.tau)  # type: ignore[arg-type]
+                torch._foreach_lerp_(tuple(slow.parameters()), tuple(fast.parameters()), cfg.tau)
+        return self._descend(loss, metrics)
+
+    def _descend(self, loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A step of Adam on the gradient clipped to norm 1; returns the metrics and that norm."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         self.optimizer.step()
-        return grad_norm
+        return {k: v.detach() for k, v in metrics.items()}
 
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-        """Action chunk (H, A) in [-1, 1] for an observation (S,), by the ODE of v_ft.
-
-        Its noise is drawn on the CPU, from `generator` or torch's global one.
-        """
+        """Action chunk (H, A) in ±1 for an observation (S,), by the ODE of v_ft from CPU noise."""
         x_0 = torch.randn(1, self.D, generator=generator).to(self.dual.device)
-        v = partial(self.policy, torch.as_tensor(obs).to(x_0)[None])
-        chunk = sample_flow(v, x_0, self.cfg.flow_steps)
-        return chunk.view(self.cfg.chunk, self.dims[1]).cpu().numpy()
+        v = partial(self.policy, torch.as_tensor(obs).to(x_0).view(1, self.dims[0]))
+        return sample_flow(v, x_0, self.cfg.flow_steps).view(-1, self.dims[1]).cpu().numpy()
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> Agent:
@@ -718,7 +690,7 @@ def benchmark(cfg: Config, repeats: int = 9) -> list[float]:
 
 
 # ======================================================================================= training
-FORMAT = 2  # of checkpoint.pt
+FORMAT = 3  # of checkpoint.pt
 SIGNALS: list[int] = []  # Ctrl-C and SIGTERM, looked at where the state is whole
 PHASES = dict(pretrain="pretrained policy", offline="TRQAM offline", online="TRQAM online")
 BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
