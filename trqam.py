@@ -72,7 +72,7 @@ LAPTOP |= dict(pretrain_lr=1e-3, pretrain_decay=True, pretrain_steps=30_000, off
 LAPTOP |= dict(eval_interval=2_000, eval_episodes=10, log_interval=250, save_interval=500)
 LAPTOP |= dict(transitions=300_000)  # what 2 cores finish in 40 minutes
 MAY_CHANGE = ["resume", "eval_only", "video", "benchmark", "run_dir", "dataset_dir", "cache_dir"]
-MAY_CHANGE += ["workers", "data"]  # on --resume, as they say where and how to run, not what
+MAY_CHANGE += ["workers"]  # on --resume, as they say where and how to run, not what
 RANGES: dict[Any, tuple] = {int: (1, 10**9), float: (0, 1)}  # by type, or by name:
 RANGES |= dict(task=(0, 5), flow_steps=(2, 1000), rho=(0, 100), kl_budget=(1e-6, 1e6))
 RANGES |= dict(fixed_lambda=(0, 1e6), transitions=(1000, 10**9))
@@ -482,8 +482,7 @@ def collector(domain: str) -> tuple[Any, dict]:
     parent: Any = multiprocessing.parent_process()  # with which it ends
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     warnings.filterwarnings("ignore")
-    options: dict[str, Any] = dict(mode="data_collection", terminate_at_goal=False)
-    env = gymnasium.make(f"{domain}-v0", max_episode_steps=1001, **options)
+    env = gymnasium.make(f"{domain}-v0", mode="data_collection").unwrapped
     plan: dict[str, Any] = dict(env=env, noise=0.1, noise_smoothing=0.5)
     button = button_plan.ButtonPlanOracle(gripper_always_closed="puzzle" in domain, **plan)
     cube, drawer = cube_plan.CubePlanOracle(**plan), drawer_plan.DrawerPlanOracle(**plan)
@@ -492,29 +491,24 @@ def collector(domain: str) -> tuple[Any, dict]:
 
 
 def collect_episode(domain: str, key: tuple[int, ...], attempt: int = 0) -> dict[str, np.ndarray]:
-    """A scripted 'play' episode of 1001 steps in OGBench's layout, deterministic in the key.
-
-    Of each step the state before it is kept: that is the one on which OGBench computes rewards.
-    """
+    """A scripted 'play' episode of 1001 steps in OGBench's layout, deterministic in the key."""
     (env, oracles), seed = collector(domain), seed_of(*key, attempt)
     np.random.seed(seed)  # the oracles draw from numpy's global generator
     p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
-    rows, done, oracle = [], False, None
+    rows: list[dict] = []
     obs, info = env.reset(seed=seed)
-    while not done:
-        if oracle is None or oracle.done:
-            if oracle:
-                obs, info = env.unwrapped.set_new_target(p_stack=p_stack)
-            oracle = oracles[info["privileged/target_task"]]
-            oracle.reset(obs, info)
-        row: dict[str, Any] = dict(observations=np.float32(obs))
-        row["actions"] = np.clip(oracle.select_action(obs, info), -1, 1).astype(np.float32)
-        obs, _, terminated, truncated, info = env.step(row["actions"])
-        done = row["terminals"] = terminated or truncated
-        before = ("prev_qpos", "prev_qvel", "prev_button_states")
-        rows.append(row | {k[5:]: info[k] for k in before if k in info})
+    while len(rows) < 1001:
+        oracle = oracles[info["privileged/target_task"]]
+        oracle.reset(obs, info)
+        while len(rows) < 1001 and not oracle.done:
+            action = np.clip(oracle.select_action(obs, info), -1, 1).astype(np.float32)
+            row = dict(observations=np.float32(obs), actions=action, terminals=len(rows) == 1000)
+            obs, *_, info = env.step(action)
+            # prev_: the state before the step, which is the one on which OGBench computes rewards
+            rows.append(row | {k[5:]: v for k, v in info.items() if k.startswith("prev_")})
+        obs, info = env.set_new_target(p_stack=p_stack)
     data = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-    cube, (low, high) = data["qpos"][:, 14:17], env.unwrapped._workspace_bounds
+    cube, (low, high) = data["qpos"][:, 14:17], env._workspace_bounds
     if domain == "scene" and not np.all((low - 0.2 < cube) & (cube < high + 0.2)):
         return collect_episode(domain, key, attempt + 1)  # the cube left the workspace
     return data
@@ -525,41 +519,35 @@ def collect(cfg: Config, domain: str) -> Path:
     n, folder = math.ceil(cfg.transitions / 1000), Path(cfg.cache_dir).expanduser()
     path = folder / f"{domain}-play-scripted-v1-seed{cfg.data_seed}-{n}k.npz"
     say(f"{'reusing' if path.exists() else 'collecting'} {path}")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        keys = [(cfg.data_seed, 0, i) for i in range(n)]
-        keys += [(cfg.data_seed, 1, i) for i in range(math.ceil(n / 20))]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(cfg.workers, spawn) as pool:
-            episodes, parts = pool.map(partial(collect_episode, domain), keys), []
-            for part in tqdm(episodes, f"collecting {path.stem}", len(keys), unit="k steps"):
-                parts.append(part)
-                if SIGNALS:
-                    pool.shutdown(cancel_futures=True)
-                    raise KeyboardInterrupt
-        for file, part in ((path.with_name(f"{path.stem}-val.npz"), parts[n:]), (path, parts[:n])):
-            merged = {k: np.concatenate([episode[k] for episode in part]) for k in part[0]}
-            write_atomically(file, lambda f, merged=merged: np.savez(f, **merged))
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [(cfg.data_seed, j, i) for j, m in ((0, n), (1, math.ceil(n / 20))) for i in range(m)]
+    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn")) as pool:
+        episodes, parts = pool.map(partial(collect_episode, domain), keys), []
+        for episode in tqdm(episodes, f"collecting {path.stem}", len(keys), unit="k steps"):
+            parts.append(episode)
+            if SIGNALS:
+                pool.shutdown(cancel_futures=True)
+                raise KeyboardInterrupt
+    for name, part in ((f"{path.stem}-val", parts[n:]), (path.stem, parts[:n])):
+        data: dict[str, Any] = {k: np.concatenate([p[k] for p in part]) for k in part[0]}
+        atomic_write(folder / f"{name}.npz", partial(np.savez, **data), os.getpid())
     return path
 
 
 def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
-    """Environment, data, held-out data, and which data they are; OGBench computes the rewards.
-
-    Raises Failure where there are no data to be had, or they are damaged.
-    """
+    """Environment, data, held-out data, which they are. Raises Failure: none, or damaged ones."""
     name, scripted = re.sub(r"-singletask-task\d", "", cfg.env), cfg.data == "scripted"
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
-    path, held_out = folder / f"{name}.npz", folder / f"{name}-val.npz"
-    wanted = f"put {path.name} and {held_out.name} into {folder} (--dataset-dir)"
-    can = name == f"{domain}-play-v0" and domain not in MAZES
-    if not scripted and not (path.exists() and held_out.exists()):
+    path, can = folder / f"{name}.npz", name == f"{domain}-play-v0" and domain not in MAZES
+    wanted = f"put {name}.npz and {name}-val.npz into {folder} (--dataset-dir)"
+    if not scripted and not (path.exists() and Path(folder, f"{name}-val.npz").exists()):
         url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
         say(f"{path} is not there; trying {url}")
         socket.setdefaulttimeout(10)  # of a connection that falls silent
         try:  # in a thread, as looking up a name knows no time-out
-            request = urllib.request.Request(url, method="HEAD")
-            ThreadPool(1).apply_async(urllib.request.urlopen, [request]).get(10).close()
+            ThreadPool(1).apply_async(urllib.request.urlopen, [url]).get(10).close()
             ogbench.download_datasets([name], str(folder))
         except Exception as error:  # urllib, http and the thread raise many kinds
             scripted = True
@@ -571,17 +559,15 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
     try:
         env, *sets = ogbench.make_env_and_datasets(cfg.env, dataset_path=str(path))
     except Exception as error:  # numpy and zipfile raise many kinds
-        text = f"expected a dataset, got a damaged {path} ({error!r}); delete it and start again"
-        raise Failure(text, 1) from error
+        expect(False, "a dataset", f"a damaged {path} ({error!r})", "delete it and start again")
     digest, shapes = hashlib.sha256(), dict(actions=env.action_space.shape)
     shapes |= dict.fromkeys(("observations", "next_observations"), env.observation_space.shape)
     for data, k in itertools.product(sets, ReplayBuffer.KEYS):
         shape = (len(data["rewards"]), *shapes.get(k, ()))
         expect(data[k].shape == shape, f"{k} of shape {shape} in {path}", data[k].shape)
-        expect(bool(np.isfinite(data[k]).all()), f"finite {k} in {path}", "NaN or infinity")
+        limit, worst = 1 if k == "actions" else math.inf, float(np.abs(data[k]).max(initial=0))
+        expect(worst < limit + 1e-5, f"finite {k} in [-{limit}, {limit}] in {path}", worst)
         digest.update(data[k].tobytes())
-    worst = max(float(np.abs(data["actions"]).max(initial=0)) for data in sets)
-    expect(worst <= 1 + 1e-5, f"actions in [-1, 1] in {path}", worst)
     about = dict(source="scripted" if scripted else "ogbench", path=str(path))
     sizes = dict(transitions=len(sets[0]["rewards"]), solved=int((sets[0]["masks"] == 0).sum()))
     return env, *sets, about | sizes | dict(sha256=digest.hexdigest())
@@ -594,31 +580,27 @@ class ReplayBuffer:
 
     def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
-        self.discounts, self.starts = cfg.gamma**self.offsets, self.offsets[:0]
-        empty = partial(torch.empty, 0, device=cfg.device)
-        self.arrays = {k: empty(*data[k].shape[1:]) for k in self.KEYS}
+        self.discounts = cfg.gamma**self.offsets
+        self.arrays = {k: self.discounts.new_empty(0, *data[k].shape[1:]) for k in self.KEYS}
         self.add(data)
         expect(len(self.starts) > 0, f"a chunk of {cfg.chunk} actions in the data", "none")
 
     def add(self, data: dict) -> None:
         """Append whole episodes of transitions: KEYS, (N, …) each."""
-        over, H = torch.as_tensor(data["terminals"]).to(self.starts).cumsum(0), len(self.offsets)
-        over = F.pad(over, (1, 0))  # episodes that ended before each index
-        starts = (over[H - 1 : -1] == over[:-H]).nonzero().squeeze(-1)  # H steps of one episode
-        self.starts = torch.cat([self.starts, starts + len(self.arrays["rewards"])])
-        for k, array in self.arrays.items():
-            new = torch.as_tensor(data[k]).to(array)
-            new = new.clamp(-1 + 1e-5, 1 - 1e-5) if k == "actions" else new
-            self.arrays[k] = torch.cat([array, new])
+        for k, v in self.arrays.items():
+            self.arrays[k] = torch.cat([v, torch.as_tensor(data[k]).to(v)])
+        H, over = len(self.offsets), F.pad(self.arrays["terminals"].cumsum(0), (1, 0))
+        whole = over[H - 1 : -1] == over[:-H]  # no episode ended before the last of H steps
+        self.starts = whole.nonzero().squeeze(-1)
 
     def sample(self, B: int, generator: torch.Generator) -> dict[str, Tensor]:
         """B chunks: obs, next_obs (B, S), actions (B, D), rewards Σ γ^i r_i and masks (B,)."""
-        pick = torch.randint(len(self.starts), (B,), generator=generator, device=generator.device)
-        steps = self.starts[pick][:, None] + self.offsets
+        pick = torch.randint(len(self.starts), (B, 1), generator=generator, device=generator.device)
+        i = self.starts[pick] + self.offsets
         obs, next_obs, actions, rewards, masks, _ = self.arrays.values()
-        batch = dict(obs=obs[steps[:, 0]], next_obs=next_obs[steps[:, -1]])
-        batch |= dict(actions=actions[steps].flatten(1), masks=masks[steps].amin(1))
-        return batch | dict(rewards=(rewards[steps] * self.discounts).sum(1))
+        batch = dict(obs=obs[i[:, 0]], next_obs=next_obs[i[:, -1]], masks=masks[i].amin(1))
+        batch["actions"] = actions[i].flatten(1).clamp(-1 + 1e-5, 1 - 1e-5)
+        return batch | dict(rewards=(rewards[i] * self.discounts).sum(1))
 
 
 # ===================================================================================== evaluation
@@ -627,13 +609,10 @@ make_env = partial(ogbench.make_env_and_datasets, env_only=True)
 
 
 def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
-    """Play an episode, chunks open loop, start and policy noise seeded by the key.
-
-    Yields (obs, next_obs, action, reward, mask, done), mask 0 where it was solved, and the info.
-    """
-    seed = seed_of(agent.cfg.seed, *key)
+    """Play an episode seeded by the key, chunks open loop; yields `ReplayBuffer.KEYS` and info."""
+    seed, done = seed_of(agent.cfg.seed, *key), False
     np.random.seed(seed)
-    generator, (obs, _), done = torch.Generator().manual_seed(seed), env.reset(seed=seed), False
+    generator, (obs, _) = torch.Generator().manual_seed(seed), env.reset(seed=seed)
     if physics := getattr(env.unwrapped, "_data", None):  # OGBench's reset takes unseeded steps,
         physics.ctrl[:] = physics.qacc_warmstart[:] = 0  # of which this would be left over
     while not done:
@@ -666,8 +645,7 @@ def render_video(agent: Agent, path: Path) -> None:
     try:
         env.render()
     except Exception as error:  # mujoco raises what its OpenGL backend does
-        todo = "install EGL (libegl1), or OSMesa and set MUJOCO_GL=osmesa"
-        raise Failure(f"expected OpenGL for --video, got {error!r}; {todo}", 1) from error
+        expect(False, "OpenGL", repr(error), "install EGL (libegl1), or OSMesa: MUJOCO_GL=osmesa")
     steps = (itertools.islice(play(agent, env, FINAL, i), 0, None, 2) for i in range(3))
     frames: list[Any] = [env.render() for _ in itertools.chain(*steps)]
     imageio.mimsave(path, frames, duration=100, loop=0)
@@ -697,7 +675,7 @@ BAR = "{desc:8s} {n:>7d}/{total} {rate_fmt:>10s}, {remaining} left"
 SHOWN = dict(flow_loss="flow {:.3f}", held_out_loss="(held out {:.4f})", q_mean="Q {:7.2f}")
 SHOWN |= dict(critic_loss="critic {:7.3f}", matching_loss="match {:7.1f}", path_kl="kl {:.2f}")
 SHOWN |= dict(kl_budget="of {:.2f}", lam="λ {:.3f}", success="success {:6.1%}")
-SHOWN |= dict(stderr="± {:.1%} standard error")
+SHOWN |= dict(stderr="± {:.1%} standard error", episodes="({} episodes)")
 say = tqdm.write if sys.stderr.isatty() else partial(print, flush=True)  # a line above the bar
 
 
@@ -705,9 +683,9 @@ def show(row: dict) -> str:
     return "  ".join(text.format(row[k]) for k, text in SHOWN.items() if k in row)
 
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """Call write(file): whenever the process dies, `path` is the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def atomic_write(path: Path, write: Callable, key: object = "") -> None:
+    """Call write(file): `path` is the old file or the new one; key: of one of several writers."""
+    temporary = path.with_name(f"{path.name}{key}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -721,8 +699,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        got = f"a damaged or unsafe {path} ({repr(error)[:200]})"
-        raise Failure(f"expected a checkpoint, got {got}", 1) from error
+        expect(False, "a checkpoint", f"a damaged or unsafe {path} ({repr(error)[:200]})")
     version = saved.get("format") if isinstance(saved, dict) else None
     expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", "retrain")
     return saved
@@ -730,35 +707,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def train(cfg: Config) -> None:
     """All phases in one loop; a step is an update, online an environment step and an update."""
-    folder, checkpoint, begin = Path(cfg.run_dir), Path(cfg.run_dir, "checkpoint.pt"), time.time()
+    folder, checkpoint = Path(cfg.run_dir), Path(cfg.run_dir, "checkpoint.pt")
+    saved = load_checkpoint(checkpoint) if checkpoint.exists() else {}
+    expect(cfg.resume or not saved, "--resume, or a new --run-dir", f"a run in {folder}", code=2)
+    old = {k: v for k, v in saved.get("config", {}).items() if k not in MAY_CHANGE}
+    new = "; ".join(f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v)
+    expect(not new, f"the flags in {folder / 'config.json'}, or another --run-dir", new, code=2)
     # the state beside agent, data and generator; sums: of metrics since the last row of train.csv
-    state: dict[str, Any] = dict(step=0, episodes=0, seconds=0.0, updates=0, sums={}, train=[])
-    state, saved = state | dict(eval=[]), None
-    if checkpoint.exists():
-        todo = "go on with --resume, or use another --run-dir"
-        expect(cfg.resume, "a new folder", f"a run in {folder}", todo, 2)
-        saved = load_checkpoint(checkpoint)
-        old = {k: v for k, v in saved["config"].items() if k not in MAY_CHANGE}
-        new = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v]
-        todo = f"give the run's flags ({folder / 'config.json'}), or another --run-dir"
-        expect(not new, "the run's settings", "; ".join(new), todo, 2)
-        state = saved["state"]
-        begin -= state["seconds"]
+    state: Any = dict(step=0, episodes=0, seconds=0, updates=0, sums={}, train=[], eval=[])
+    state |= saved.get("state", {})
+    begin = time.time() - state["seconds"]
 
     def record(table: str, row: dict | None = None) -> None:
         """Add a row to train.csv or eval.csv, whose columns are all that any row has."""
         state[table] += [dict(step=state["step"], phase=phase) | row] if row else []
         keys = list(dict.fromkeys(k for r in state[table] for k in r))
-        lines = [keys, *([str(r.get(k, "")) for k in keys] for r in state[table]), []]
-        text = "\n".join(map(",".join, lines)).encode()
-        write_atomically(folder / f"{table}.csv", lambda file: file.write(text))
+        rows = np.array([keys, *([r.get(k, "") for k in keys] for r in state[table])], object)
+        atomic_write(folder / f"{table}.csv", partial(np.savetxt, X=rows, fmt="%s", delimiter=","))
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.[0-9]*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink()
     record("train")  # where the folder is not writable, this fails now and not after an hour
-    source = saved["source"] if saved and cfg.data == "auto" else cfg.data
-    env, data, held_out, about = load_data(replace(cfg, data=source))
+    env, data, held_out, about = load_data(replace(cfg, data=saved.get("source", cfg.data)))
     say("data: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "sha256"))
     buffer, offline_size = ReplayBuffer(data, cfg), len(data["rewards"])
     agent = Agent(cfg, data["observations"].shape[1], data["actions"].shape[1])
@@ -772,12 +741,11 @@ def train(cfg: Config) -> None:
         generator.set_state(saved["generator"])
         buffer.add(saved["online"])
         say(f"resuming at step {state['step']}")
-    names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
-    info: dict[str, Any] = dict(versions={k: importlib.metadata.version(k) for k in names})
-    info |= dict(data_used=about, python=sys.version, threads=torch.get_num_threads())
-    info |= dict(gpu=torch.cuda.get_device_name()) if cfg.device == "cuda" else {}
-    text = json.dumps(asdict(cfg) | info | dict(command=sys.argv), indent=1).encode()
-    write_atomically(folder / "config.json", lambda file: file.write(text))
+    versions = {d.name: d.version for d in importlib.metadata.distributions()}
+    gpu = torch.cuda.get_device_name() if cfg.device == "cuda" else None
+    info = asdict(cfg) | dict(versions=versions, data_used=about, python=sys.version, gpu=gpu)
+    info |= dict(command=sys.argv, threads=torch.get_num_threads())
+    atomic_write(folder / "config.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
 
     def save() -> None:
         """Write the checkpoint, unless a parameter is not finite."""
@@ -789,7 +757,7 @@ def train(cfg: Config) -> None:
         content |= dict(agent=agent.state_dict(), optimizer=agent.optimizer.state_dict())
         content |= dict(generator=generator.get_state(), state=state, source=about["source"])
         content |= dict(online={k: v[offline_size:].clone() for k, v in buffer.arrays.items()})
-        write_atomically(checkpoint, partial(torch.save, content))
+        atomic_write(checkpoint, partial(torch.save, content))
 
     def log() -> None:
         """Add a row of averages to train.csv; stop if one is not finite."""
@@ -807,57 +775,51 @@ def train(cfg: Config) -> None:
     lengths = (cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps)
     ends = dict(zip(PHASES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
-    online_env, episode, due = make_env(cfg.env) if cfg.online_steps else env, None, True
-    transitions: list[tuple] = []  # of the online episode that is being played
+    episode, transitions, next_save = None, [], 0  # no checkpoints within an online episode
+    wait = 1 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
     for phase, end in ends.items():
-        if state["step"] > end or (phase == "online" and not cfg.online_steps):  # nothing to do
-            continue
-        wait = 0 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
         bar = tqdm(total=end, desc=phase, initial=state["step"], bar_format=BAR, delay=wait)
-        while True:
-            step, interrupted = state["step"], bool(SIGNALS)
-            if (due or interrupted) and not transitions:  # online only between episodes
+        for step in range(state["step"], end + 1):
+            if step > state["step"]:  # at first there is only the state to save and to evaluate
+                if phase == "online":
+                    episode = episode or play(agent, env, ONLINE, state["episodes"])
+                    transitions.append(next(episode)[0])
+                    if transitions[-1][-1]:  # done: the episode enters the buffer
+                        columns = map(np.stack, zip(*transitions, strict=True))
+                        buffer.add(dict(zip(buffer.KEYS, columns, strict=True)))
+                        state["episodes"], episode, transitions = state["episodes"] + 1, None, []
+                if phase != "online" or step > ends["offline"] + cfg.online_start:
+                    batch = buffer.sample(cfg.batch, generator)
+                    noise = agent.draw_noise(cfg.batch, generator)
+                    if phase == "pretrain":
+                        angle = math.pi * (step - 1) / end if cfg.pretrain_decay else 0
+                        lr = cfg.pretrain_lr * (1 + math.cos(angle)) / 2
+                        metrics = agent.pretrain_update(batch, noise, lr)
+                    else:
+                        metrics = agent.update(batch, noise)
+                    state["sums"] = {k: v + state["sums"].get(k, 0) for k, v in metrics.items()}
+                    state["updates"] += 1
+                state["step"] = step
+                bar.update()
+                if step == ends["pretrain"]:
+                    agent.start_from_flow()
+                if step % cfg.log_interval == 0 or step == end:
+                    log()
+            if not transitions and (step >= next_save or step in evaluations or SIGNALS):
                 save()
-                due = False
-                if interrupted:
+                next_save = step + cfg.save_interval
+                if SIGNALS:
                     raise KeyboardInterrupt
-            if step in evaluations and all(row["step"] != step for row in state["eval"]):
-                final, n, stream = step == end, cfg.eval_episodes, PERIODIC
-                n, stream = (cfg.final_episodes, FINAL) if final else (n, stream)
-                record("eval", dict(final=int(final)) | evaluate(agent, env, n, stream))
-                say(f"evaluation at step {step} on {n} episodes: {show(state['eval'][-1])}")
-            if step >= end:
-                break
-            if phase == "online":
-                episode = episode or play(agent, online_env, ONLINE, state["episodes"])
-                transitions.append(next(episode)[0])
-                if transitions[-1][-1]:  # done: the episode enters the buffer
-                    columns = map(np.stack, zip(*transitions, strict=True))
-                    buffer.add(dict(zip(buffer.KEYS, columns, strict=True)))
-                    state["episodes"], episode, transitions = state["episodes"] + 1, None, []
-            if phase != "online" or step >= ends["offline"] + cfg.online_start:
-                batch = buffer.sample(cfg.batch, generator)
-                noise = agent.draw_noise(cfg.batch, generator)
-                if phase == "pretrain":
-                    decay = (1 + math.cos(math.pi * step / end)) / 2 if cfg.pretrain_decay else 1
-                    metrics = agent.pretrain_update(batch, noise, cfg.pretrain_lr * decay)
-                else:
-                    metrics = agent.update(batch, noise)
-                state["sums"] = {k: v + state["sums"].get(k, 0) for k, v in metrics.items()}
-                state["updates"] += 1
-            state["step"] = step = step + 1
-            bar.update()
-            if step == ends["pretrain"]:
-                agent.start_from_flow()
-            if step % cfg.log_interval == 0 or step == end:
-                log()
-            due |= step % cfg.save_interval == 0 or step in evaluations
+            if step in evaluations and step not in (row["step"] for row in state["eval"]):
+                final = step == end
+                key = (cfg.final_episodes, FINAL) if final else (cfg.eval_episodes, PERIODIC)
+                record("eval", dict(final=int(final)) | evaluate(agent, make_env(cfg.env), *key))
+                say(f"evaluation at step {step}: {show(state['eval'][-1])}")
         bar.close()
     save()
-    trust = f"λ {agent.lam:.3f}, KL/budget {agent.kl_ema:.2f}/{cfg.kl_budget:.2f}"
-    say(f"{folder}: {trust}, wall-clock {tqdm.format_interval(state['seconds'])}")
+    say(f"{folder}: {show(state['train'][-1])}, {tqdm.format_interval(state['seconds'])} in all")
     for row in filter(lambda row: row["final"], state["eval"]):
-        say(f"  {PHASES[row['phase']]:18s} {show(row)}, {row['episodes']} episodes")
+        say(f"  {PHASES[row['phase']]:18s} {show(row)}")
 
 
 def main() -> int:
@@ -878,8 +840,7 @@ def main() -> int:
         if cfg.benchmark:
             say("{:.4f} s per pretraining, {:.4f} s per TRQAM update".format(*benchmark(cfg)))
         elif agent:
-            row = evaluate(agent, make_env(run.env), cfg.final_episodes, FINAL)
-            say(f"{show(row)}, {cfg.final_episodes} episodes")
+            say(show(evaluate(agent, make_env(run.env), cfg.final_episodes, FINAL)))
         else:
             if not checkpoint.exists():
                 scale = "laptop" if cfg.scale == "paper" else "paper"
@@ -888,11 +849,9 @@ def main() -> int:
                 say(f"--scale {scale} would train for about {seconds / 3600:.1f} hours here")
             train(cfg)
         if cfg.video:
-            agent = agent or Agent.load(checkpoint, cfg.device)
-            render_video(agent, checkpoint.with_name("video.gif"))
+            render_video(Agent.load(checkpoint, cfg.device), checkpoint.with_name("video.gif"))
     except KeyboardInterrupt:
-        todo = "" if cfg.eval_only else "; go on with --resume"
-        print(f"trqam.py: interrupted{todo}", file=sys.stderr)
+        print("trqam.py: interrupted; a run goes on with --resume", file=sys.stderr)
         return 128 + SIGNALS[0]
     except (Failure, OSError, BrokenExecutor) as error:
         text, code = error.args if isinstance(error, Failure) else (error, 1)
