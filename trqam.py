@@ -92,7 +92,7 @@ class Config:  # the defaults are the paper's; `parse` adapts them to the domain
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
     benchmark: bool = False  # only measure the seconds per update
-    data: Literal["auto", "ogbench", "scripted"] = "auto"  # auto: official, scripted if need be
+    data: Literal["auto", "ogbench", "scripted"] = "auto"  # scripted: collected here; auto: either
     dataset_dir: str = "~/.ogbench/data"  # folder of the official datasets, downloaded if need be
     cache_dir: str = "~/.cache/trqam"  # folder of the datasets collected here
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
@@ -399,7 +399,7 @@ class Agent(nn.Module):
         """v_base and v_ft start from the pretrained flow, with a fresh Adam for the three nets."""
         self.base = copy.deepcopy(self.flow).requires_grad_(False)
         self.policy = copy.deepcopy(self.flow)
-        self.optimizer = torch.optim.Adam(self.parameters(), self.cfg.lr)  # skips the copies
+        self.optimizer = torch.optim.Adam(self.parameters(), self.cfg.lr)  # not of copies
 
     def update(self, batch: dict, noise: dict) -> dict[str, Tensor]:
         """One TRQAM update by `draw_noise`'s numbers; returns metrics, on the device.
@@ -532,19 +532,19 @@ def collect(cfg: Config, domain: str) -> Path:
                 raise KeyboardInterrupt
     for name, part in ((f"{path.stem}-val", parts[n:]), (path.stem, parts[:n])):
         data: dict[str, Any] = {k: np.concatenate([p[k] for p in part]) for k in part[0]}
-        atomic_write(folder / f"{name}.npz", partial(np.savez, **data), os.getpid())
+        atomic_write(folder / f"{name}.npz", partial(np.savez, **data))
     return path
 
 
 def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
-    """Environment, data, held-out data, which they are. Raises Failure: none, or damaged ones."""
+    """Environment, data, held-out data, facts about them. Raises Failure: none, or damaged."""
     name, scripted = re.sub(r"-singletask-task\d", "", cfg.env), cfg.data == "scripted"
     domain, folder = re.split(rf"-({KINDS})-", name)[0], Path(cfg.dataset_dir).expanduser()
     path, can = folder / f"{name}.npz", name == f"{domain}-play-v0" and domain not in MAZES
     wanted = f"put {name}.npz and {name}-val.npz into {folder} (--dataset-dir)"
     if not scripted and not (path.exists() and Path(folder, f"{name}-val.npz").exists()):
-        url = f"{ogbench.utils.DATASET_URL}/{name}.npz"
-        say(f"{path} is not there; trying {url}")
+        url = urllib.request.Request(f"{ogbench.utils.DATASET_URL}/{name}.npz", method="HEAD")
+        say(f"{path} is not there; trying {url.full_url}")
         socket.setdefaulttimeout(10)  # of a connection that falls silent
         try:  # in a thread, as looking up a name knows no time-out
             ThreadPool(1).apply_async(urllib.request.urlopen, [url]).get(10).close()
@@ -552,7 +552,7 @@ def load_data(cfg: Config) -> tuple[gymnasium.Env, dict, dict, dict]:
         except Exception as error:  # urllib, http and the thread raise many kinds
             scripted = True
             expect(can and cfg.data == "auto", f"the dataset {name}.npz", repr(error), wanted)
-            say(f"{error!r}; going on with data of OGBench's scripted oracles (--data scripted)")
+            say(f"{error!r}; going on with data of OGBench's scripted oracles")
     if scripted:
         expect(can, "a cube, scene or puzzle 'play' set for --data scripted", name, wanted, 2)
         path = collect(cfg, domain)
@@ -609,7 +609,10 @@ make_env = partial(ogbench.make_env_and_datasets, env_only=True)
 
 
 def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator[tuple]:
-    """Play an episode seeded by the key, chunks open loop; yields `ReplayBuffer.KEYS` and info."""
+    """Play an episode, chunks open loop, its start and the policy's noise seeded by the key.
+
+    Yields a row of `ReplayBuffer.KEYS` (mask: 0 where solved) and the environment's info.
+    """
     seed, done = seed_of(agent.cfg.seed, *key), False
     np.random.seed(seed)
     generator, (obs, _) = torch.Generator().manual_seed(seed), env.reset(seed=seed)
@@ -683,9 +686,9 @@ def show(row: dict) -> str:
     return "  ".join(text.format(row[k]) for k, text in SHOWN.items() if k in row)
 
 
-def atomic_write(path: Path, write: Callable, key: object = "") -> None:
-    """Call write(file): `path` is the old file or the new one; key: of one of several writers."""
-    temporary = path.with_name(f"{path.name}{key}.tmp")
+def atomic_write(path: Path, write: Callable) -> None:
+    """Call write(file), so that `path` is the old file or the new one, whoever else writes it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -696,20 +699,22 @@ def atomic_write(path: Path, write: Callable, key: object = "") -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it. Raises Failure."""
     expect(path.exists(), "a checkpoint", f"no file {path}", "train first")
+    another = "train again, in another --run-dir"
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
-        expect(False, "a checkpoint", f"a damaged or unsafe {path} ({repr(error)[:200]})")
+        expect(False, "a checkpoint", f"a damaged or unsafe {path} ({repr(error)[:200]})", another)
     version = saved.get("format") if isinstance(saved, dict) else None
-    expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", "retrain")
+    expect(version == FORMAT, f"checkpoint format {FORMAT}", f"{version} in {path}", another)
     return saved
 
 
 def train(cfg: Config) -> None:
     """All phases in one loop; a step is an update, online an environment step and an update."""
     folder, checkpoint = Path(cfg.run_dir), Path(cfg.run_dir, "checkpoint.pt")
-    saved = load_checkpoint(checkpoint) if checkpoint.exists() else {}
-    expect(cfg.resume or not saved, "--resume, or a new --run-dir", f"a run in {folder}", code=2)
+    there, todo = checkpoint.exists(), "--resume it, or take another --run-dir"
+    expect(cfg.resume or not there, "a new run", f"one in {folder}", todo, 2)
+    saved = load_checkpoint(checkpoint) if there else {}
     old = {k: v for k, v in saved.get("config", {}).items() if k not in MAY_CHANGE}
     new = "; ".join(f"{k} {v} -> {getattr(cfg, k)}" for k, v in old.items() if getattr(cfg, k) != v)
     expect(not new, f"the flags in {folder / 'config.json'}, or another --run-dir", new, code=2)
@@ -726,6 +731,8 @@ def train(cfg: Config) -> None:
         atomic_write(folder / f"{table}.csv", partial(np.savetxt, X=rows, fmt="%s", delimiter=","))
 
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     record("train")  # where the folder is not writable, this fails now and not after an hour
     env, data, held_out, about = load_data(replace(cfg, data=saved.get("source", cfg.data)))
     say("data: " + ", ".join(f"{k} {v}" for k, v in about.items() if k != "sha256"))
@@ -741,7 +748,8 @@ def train(cfg: Config) -> None:
         generator.set_state(saved["generator"])
         buffer.add(saved["online"])
         say(f"resuming at step {state['step']}")
-    versions = {d.name: d.version for d in importlib.metadata.distributions()}
+    names = ("torch", "ogbench", "mujoco", "gymnasium", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names}
     gpu = torch.cuda.get_device_name() if cfg.device == "cuda" else None
     info = asdict(cfg) | dict(versions=versions, data_used=about, python=sys.version, gpu=gpu)
     info |= dict(command=sys.argv, threads=torch.get_num_threads())
@@ -775,14 +783,15 @@ def train(cfg: Config) -> None:
     lengths = (cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps)
     ends = dict(zip(PHASES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
-    episode, transitions, next_save = None, [], 0  # no checkpoints within an online episode
-    wait = 1 if sys.stderr.isatty() else 1e9  # no bar in a log file, its numbers there as lines
+    online_env, episode = make_env(cfg.env) if cfg.online_steps else env, None
+    transitions, next_save = [], 0  # of the online episode, within which no checkpoint is taken
+    wait = 1 if sys.stderr.isatty() else 1e9  # seconds; no bar in a log file, its numbers as lines
     for phase, end in ends.items():
         bar = tqdm(total=end, desc=phase, initial=state["step"], bar_format=BAR, delay=wait)
         for step in range(state["step"], end + 1):
             if step > state["step"]:  # at first there is only the state to save and to evaluate
                 if phase == "online":
-                    episode = episode or play(agent, env, ONLINE, state["episodes"])
+                    episode = episode or play(agent, online_env, ONLINE, state["episodes"])
                     transitions.append(next(episode)[0])
                     if transitions[-1][-1]:  # done: the episode enters the buffer
                         columns = map(np.stack, zip(*transitions, strict=True))
@@ -812,8 +821,8 @@ def train(cfg: Config) -> None:
                     raise KeyboardInterrupt
             if step in evaluations and step not in (row["step"] for row in state["eval"]):
                 final = step == end
-                key = (cfg.final_episodes, FINAL) if final else (cfg.eval_episodes, PERIODIC)
-                record("eval", dict(final=int(final)) | evaluate(agent, make_env(cfg.env), *key))
+                n, stream = (cfg.final_episodes, FINAL) if final else (cfg.eval_episodes, PERIODIC)
+                record("eval", dict(final=int(final)) | evaluate(agent, env, n, stream))
                 say(f"evaluation at step {step}: {show(state['eval'][-1])}")
         bar.close()
     save()
@@ -850,10 +859,11 @@ def main() -> int:
             train(cfg)
         if cfg.video:
             render_video(Agent.load(checkpoint, cfg.device), checkpoint.with_name("video.gif"))
-    except KeyboardInterrupt:
-        print("trqam.py: interrupted; a run goes on with --resume", file=sys.stderr)
-        return 128 + SIGNALS[0]
-    except (Failure, OSError, BrokenExecutor) as error:
+    except (KeyboardInterrupt, BrokenExecutor) as error:  # a signal ends a process that starts
+        text = "interrupted; a run goes on with --resume" if SIGNALS else f"error: {error}"
+        print(f"trqam.py: {text}", file=sys.stderr)
+        return 128 + SIGNALS[0] if SIGNALS else 1
+    except (Failure, OSError) as error:
         text, code = error.args if isinstance(error, Failure) else (error, 1)
         print(f"trqam.py: error: {text}", file=sys.stderr)
         return code
