@@ -419,7 +419,7 @@ class Agent(nn.Module):
             "matching_loss": matching_loss.detach(),
             "path_kl": kl,
             "kl_ema": self.kl_ema,
-            "lam": self.lam,
+            "lam": lam,
             "target_kl": closed_form_kl(adjoint, lam).mean() / cfg.chunk,
             "adj_mean": terminal.abs().mean(),
             "adj_max": terminal.abs().max(),
@@ -622,6 +622,7 @@ def check(cfg: Config) -> None:
 
 
 # =========================================================================================== data
+COLLECTED, PERIODIC, FINAL, ONLINE = range(4)  # streams of episode seeds
 STACK = {  # range of the probability that an episode of a cube domain stacks
     "cube-single": (0, 0),
     "cube-double": (0, 0.25),
@@ -631,9 +632,10 @@ STACK = {  # range of the probability that an episode of a cube domain stacks
 }
 
 
-def seed_of(*key: int) -> int:
-    """An independent 32-bit seed for every key."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def seed_of(stream: int, *key: int) -> int:
+    """An independent 32-bit seed for every stream and key, of any length."""
+    entropy = (stream, len(key), *key)  # numpy's own padding takes (0, 1) for (0, 1, 0)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def say(text: str) -> None:
@@ -670,7 +672,7 @@ def alone(folder: Path, wait: bool) -> Iterator[None]:
 
 def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: int = 0) -> dict:
     """A scripted "play" episode of 1001 states in OGBench's layout, as its authors made theirs."""
-    seed = seed_of(*key, attempt)
+    seed = seed_of(COLLECTED, *key, attempt)
     np.random.seed(seed)  # the oracles draw from numpy's global generator
     p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
     rows: list = []
@@ -880,15 +882,12 @@ def load_data(cfg: Config) -> tuple:
 
 
 # ===================================================================================== evaluation
-PERIODIC, FINAL, ONLINE = 1, 2, 3  # streams of episode seeds
-
-
-def play(agent: Agent, env: gymnasium.Env, *key: int) -> Iterator:
-    """Play an episode, chunks open loop, its start and the policy's noise seeded by the key.
+def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
+    """Play episode i of a stream, chunks open loop, its start and the policy's noise seeded by it.
 
     Yields each transition, by the keys of a dataset (mask: 0 where solved), and its info.
     """
-    seed = seed_of(agent.cfg.seed, *key)
+    seed = seed_of(stream, agent.cfg.seed, i)
     generator = torch.Generator().manual_seed(seed)
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
