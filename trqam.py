@@ -652,22 +652,17 @@ def progress_bar(text: str, total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, desc=text, initial=done, bar_format=layout, delay=delay)
 
 
-@contextmanager
-def alone(folder: Path, wait: bool) -> Iterator[None]:
-    """Make the folder; one process at a time goes on in it. Raises OSError."""
+def alone_in(folder: Path, wait: bool) -> Any:
+    """Make the folder, and a lock on it to be used by `with`: one process at a time. OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "trqam.lock")
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout as error:
         if not wait:
             raise FileExistsError(f"expected no other process in {folder}, got one") from error
         say(f"waiting for another process at work in {folder}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: int = 0) -> dict:
@@ -740,6 +735,8 @@ def collect(cfg: Config, path: Path) -> None:
                 "if it was killed for memory, take fewer --workers"
             ) from error
         bar.update()
+        if i % 50 == 49:
+            say(str(bar))
     bar.close()
     save_episodes(path, episodes[:n])
     save_episodes(path.with_name(f"{path.stem}-val.npz"), episodes[n:])
@@ -770,7 +767,7 @@ def prepare_data(cfg: Config) -> Path:
     path = scripted if cfg.data == "scripted" else official
     if path.exists():
         return path
-    with alone(folder, wait=True):
+    with alone_in(folder, wait=True):
         unfinished = folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -1104,6 +1101,7 @@ def train(cfg: Config) -> None:
     """
     # the state: new, or from a checkpoint
     run_dir = cfg.checkpoint.parent
+    run_dir.mkdir(parents=True, exist_ok=True)
     saved = load_checkpoint(cfg.checkpoint) if cfg.checkpoint.exists() else None
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
@@ -1197,9 +1195,6 @@ def parse(args: list[str]) -> Config:
     if cfg.eval_only or (cfg.resume and cfg.checkpoint.exists()):
         saved = load_checkpoint(cfg.checkpoint)
         default = Config(**saved["config"] | SWITCHES | {"run_dir": cfg.run_dir})
-    elif cfg.checkpoint.exists():
-        advice = "--resume it, or take another --run-dir"
-        raise FileExistsError(f"expected a new run, got one in {cfg.run_dir}; {advice}")
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
     about = __doc__.split("\n    obs ")[0]
@@ -1207,6 +1202,9 @@ def parse(args: list[str]) -> Config:
     check(cfg)
     if saved:
         report_changes(saved, cfg)
+    elif cfg.checkpoint.exists():
+        advice = "--resume it, or take another --run-dir"
+        raise FileExistsError(f"expected a new run, got one in {cfg.run_dir}; {advice}")
     return cfg
 
 
@@ -1255,7 +1253,7 @@ def main() -> int:
             row = evaluate(agent, make_env(cfg.env), cfg.final_episodes, FINAL)
             say(EVAL_LINE.format(**row))
         else:
-            with alone(cfg.checkpoint.parent, wait=False):
+            with alone_in(cfg.checkpoint.parent, wait=False):
                 train(cfg)
         if cfg.video:
             if sys.platform == "linux":
