@@ -1,6 +1,6 @@
 """The theory of TRQAM, proven on the functions of `trqam.py` by property tests.
 
-    pytest test_theory.py                                    deterministic, about two minutes
+    pytest test_theory.py                                    deterministic, two to four minutes
     HYPOTHESIS_PROFILE=thorough pytest test_theory.py --hypothesis-seed=1    random, 10× the cases
     HYPOTHESIS_PROFILE=quick pytest -x test_theory.py        few cases, for mutation testing
 
@@ -596,12 +596,16 @@ def test_linear_chain_has_the_moments_of_its_recursion(exact, seed, D, K):
 def test_memoryless_conditional_law(exact, s, m):
     """X_t | X_1 ~ N(t X_1, (1−t)²) and X_1 ~ N(m, s²): limit, order 1; Cov(X_0, X_K) = O(h²)."""
     v = gaussian_velocity_1d(m, s**2)
+    means = {}
     covs = {}
     for K in KS:
         x_0, noise = cubature(K, 1)
         path = trqam.simulate_sde(v, v, x_0, noise, exact=exact)
         quarters = path[:: K // 4]  # X_t at t = 0, ¼, ½, ¾, 1
-        _, covs[K] = law(quarters.squeeze(-1).T)
+        means[K], covs[K] = law(quarters.squeeze(-1).T)
+
+    def end_mean(K):
+        return means[K][4]
 
     def end_variance(K):
         return covs[K][4, 4]
@@ -614,6 +618,7 @@ def test_memoryless_conditional_law(exact, s, m):
         cov = covs[K]
         return cov[j, j] - cov[j, 4] ** 2 / cov[4, 4]
 
+    converges(end_mean, m, KS)
     converges(end_variance, s**2, KS)
     for j in (1, 2, 3):
         t = j / 4
