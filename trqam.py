@@ -19,8 +19,8 @@ dual descent, holds the path-space KL to the pretrained policy at a budget.
     kl_budget       ε_KL         ()         nats per action of the chunk
 
 B batch, S state, A action, H chunk, K flow steps, E critics. Where the paper is silent or differs
-we follow the authors' published code, and say so. From here to `networks` nothing but math and
-torch is used: copy that part into your own project. For the paper read on to the end of `agent`.
+we follow the authors' published code, and say so. From here to `imports of the program` nothing
+but math and torch is used: copy that part into your project. For the paper read on through `agent`.
 """
 
 # /// script
@@ -238,6 +238,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -558,8 +559,8 @@ LAPTOP = {  # what 2 cores finish in 20 minutes, data included
 }
 
 
-SIZES = "width layers critics chunk batch transitions workers pretrain_steps eval_interval"
-SIZES += " eval_episodes final_episodes log_interval"
+SIZES = ["width", "layers", "critics", "chunk", "batch", "transitions", "workers"]
+SIZES += ["pretrain_steps", "eval_interval", "eval_episodes", "final_episodes", "log_interval"]
 LIMITS = {
     "task": (1, 5),
     "gamma": (0, 1),
@@ -567,7 +568,9 @@ LIMITS = {
     "flow_steps": (2, 1000),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
-    **dict.fromkeys(SIZES.split(), (1, 10**9)),
+    "offline_steps": (0, 10**9),
+    "online_steps": (0, 10**9),
+    **dict.fromkeys(SIZES, (1, 10**9)),
 }
 
 
@@ -860,7 +863,7 @@ def load_data(cfg: Config) -> tuple:
         sets = ogbench.make_env_and_datasets(
             cfg.env, dataset_path=str(path), dataset_only=True, cur_env=env
         )
-    except (OSError, MemoryError):
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
         raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
@@ -871,6 +874,7 @@ def load_data(cfg: Config) -> tuple:
             digest.update(array.tobytes())
     data, held_out = sets
     facts = {
+        "source": "scripted" if "-play-scripted-" in path.name else "ogbench",
         "path": str(path),
         "transitions": len(data["rewards"]),
         "solved": int((data["masks"] == 0).sum()),
@@ -1034,6 +1038,7 @@ def restore(saved, agent, generator, buffer, facts) -> Progress:
         agent.start_fine_tuning()
     agent.load_state_dict(saved["agent"])
     agent.optimizer.load_state_dict(saved["optimizer"])
+    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
     generator.set_state(saved["generator"])
     buffer.add(saved["online"])
     return Progress(**saved["progress"])
@@ -1045,7 +1050,7 @@ def load_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}")
-    except (OSError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
         expected = f"a checkpoint of format {FORMAT}"
@@ -1106,8 +1111,7 @@ def train(cfg: Config) -> None:
     saved = load_checkpoint(cfg.checkpoint) if cfg.checkpoint.exists() else None
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    cfg = replace(cfg, data="scripted" if "-scripted-" in facts["path"] else "ogbench")
-    write_config(run_dir / "config.json", cfg, facts)
+    cfg = replace(cfg, data=facts["source"])
     agent = Agent(cfg, *env.observation_space.shape, *env.action_space.shape)
     fixed = torch.Generator(cfg.device).manual_seed(0)
     held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # never change
@@ -1116,14 +1120,15 @@ def train(cfg: Config) -> None:
     if saved:
         progress = restore(saved, agent, generator, buffer, facts)
         say(f"resuming at step {progress.step}")
+    write_config(run_dir / "config.json", cfg, facts)
 
     # the plan: which step ends a phase, and when to evaluate
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
     ends = dict(zip(LINES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
     online = online_steps(agent, buffer, progress)
-    whole = True  # but within an online episode, where no checkpoint is taken
-    save_time = 0.0  # when the next one is due
+    whole = True  # no online episode is under way: a checkpoint may be taken
+    save_time = 0.0  # from when on the next one is due
     began = time.time() - progress.seconds
     bar = progress_bar("", 0)
     while True:
@@ -1181,8 +1186,9 @@ def train(cfg: Config) -> None:
 
 # =================================================================================== command line
 SWITCHES = {"resume": False, "eval_only": False, "video": False}
-FIXED = "env task scale width layers critics flow_layer_norm chunk frozen_base pretrain_steps"
-FIXED += " data transitions data_seed"
+# what a run that goes on can't change
+FIXED = ["env", "task", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps"]
+FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
 
 
 def parse(args: list[str]) -> Config:
@@ -1215,7 +1221,7 @@ def report_changes(saved: dict, cfg: Config) -> None:
         new = getattr(cfg, name)
         if new == old or name in SWITCHES or name == "run_dir":
             continue
-        if name in FIXED.split():
+        if name in FIXED:
             advice = "leave it out, or take another --run-dir"
             raise ValueError(f"expected the run's own {name} {old}, got {new}; {advice}")
         say(f"{name} {old} -> {new}")
@@ -1226,8 +1232,8 @@ def stop(checkpoint: Path, number: int, frame: object) -> None:
     text = "there is no checkpoint yet"
     if checkpoint.exists():
         step = load_checkpoint(checkpoint)["progress"]["step"]
-        command = f"python {sys.argv[0]} --resume --run-dir {checkpoint.parent}"
-        text = f"the last checkpoint is of step {step}; to go on: {command}"
+        words = [sys.executable, sys.argv[0], "--resume", "--run-dir", str(checkpoint.parent)]
+        text = f"the last checkpoint is of step {step}; to go on: {shlex.join(words)}"
     print(f"trqam.py: stopped; {text}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
