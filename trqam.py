@@ -248,7 +248,6 @@ import urllib.error
 import warnings
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -314,7 +313,7 @@ class Agent(nn.Module):
 
     `base` learns by cloning and its Polyak copy `target_base` is v_base; `policy` is v_ft;
     `target_critic` is the Polyak copy of `critic`. λ, the KL average and all metrics are tensors
-    on the device, which no update reads back. `cfg` is the `Config` of the next section.
+    on the device; no update waits for it. `cfg` is the `Config` of the next section.
     """
 
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
@@ -330,11 +329,11 @@ class Agent(nn.Module):
         self.dual: Tensor = nn.Buffer(torch.ones(()))  # ℓ
         self.kl_ema: Tensor = nn.Buffer(torch.zeros(()))
         self.to(cfg.device)
-        self.start_fine_tuning()  # of an untrained flow: all networks are there
+        self.start_fine_tuning()  # makes target_base and policy, still untrained
         self.learn(self.base)
 
     def learn(self, *networks: nn.Module) -> None:
-        """From here on these networks learn, and no others, by a fresh Adam."""
+        """From here on these networks learn, and no others, with a fresh Adam."""
         self.learning = [p for network in networks for p in network.parameters()]
         self.optimizer = torch.optim.Adam(self.learning, self.cfg.lr)
 
@@ -356,13 +355,13 @@ class Agent(nn.Module):
 
     def draw_noise(self, B: int, generator: torch.Generator) -> dict:
         """All random numbers of one update, so that the update itself is deterministic."""
-        options: dict = {"generator": generator, "device": generator.device}
+        normal = partial(torch.randn, generator=generator, device=generator.device)
         return {
-            "x_next": torch.randn(B, self.D, **options),
-            "x_flow": torch.randn(B, self.D, **options),
-            "t_flow": torch.rand(B, 1, **options),
-            "x_sde": torch.randn(B, self.D, **options),
-            "sde": torch.randn(self.cfg.flow_steps, B, self.D, **options),
+            "x_next": normal(B, self.D),
+            "x_flow": normal(B, self.D),
+            "t_flow": torch.rand(B, 1, generator=generator, device=generator.device),
+            "x_sde": normal(B, self.D),
+            "sde": normal(self.cfg.flow_steps, B, self.D),
         }
 
     def cloning_loss(self, batch: dict, noise: dict) -> Tensor:
@@ -374,7 +373,8 @@ class Agent(nn.Module):
         """One step of behaviour cloning; returns metrics, on the device."""
         self.optimizer.param_groups[0]["lr"] = lr
         flow_loss = self.cloning_loss(batch, noise)
-        return {"flow_loss": flow_loss.detach(), "grad_norm": self.descend(flow_loss)}
+        grad_norm = self.descend(flow_loss)
+        return {"flow_loss": flow_loss.detach(), "grad_norm": grad_norm}
 
     def update(self, batch: dict, noise: dict) -> dict:
         """One TRQAM update by `draw_noise`'s numbers; returns metrics, on the device.
@@ -417,6 +417,7 @@ class Agent(nn.Module):
         if not cfg.frozen_base:
             loss = loss + flow_loss
             self.polyak(self.target_base, self.base)
+        grad_norm = self.descend(loss)
         return {
             "q_mean": q.detach().mean(),
             "critic_loss": critic_loss.detach(),
@@ -428,7 +429,7 @@ class Agent(nn.Module):
             "target_kl": closed_form_kl(adjoint, lam).mean() / cfg.chunk,
             "adj_mean": terminal.abs().mean(),
             "adj_max": terminal.abs().max(),
-            "grad_norm": self.descend(loss),
+            "grad_norm": grad_norm,
         }
 
     @torch.no_grad()
@@ -544,7 +545,7 @@ cube-double             5   512           false 0.995 0.5       1.0
 cube-triple             5  1024            true 0.995 0.5       0.5
 cube-quadruple          5  1024            true 0.995 0.5       1.0
 """
-LAPTOP = {  # what 2 cores finish in 20 minutes, data included
+LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
     "width": 256,
     "flow_steps": 5,
     "batch": 128,
@@ -571,9 +572,8 @@ LIMITS = {
     "flow_steps": (2, 1000),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
-    "offline_steps": (0, 10**9),
-    "online_steps": (0, 10**9),
     **dict.fromkeys(SIZES, (1, 10**9)),
+    **dict.fromkeys(["seed", "data_seed", "offline_steps", "online_steps"], (0, 10**9)),
 }
 
 
@@ -583,7 +583,7 @@ def domain_of(env: str) -> str:
 
 
 def presets(domain: str, scale: str) -> dict:
-    """Settings of a domain at a scale; one that the paper has not takes those of a like one."""
+    """Settings of a domain at a scale; a domain that is not in the paper takes a similar one's."""
     header, *rows = map(str.split, PAPER.strip().splitlines())
     table = {name: map(json.loads, values) for name, *values in rows}
     like = "antmaze-large" if domain in MAZES else "cube-double"
@@ -605,12 +605,14 @@ def resolve(cfg: Config) -> Config:
         raise ValueError(f"expected --env to be {known}, got {env}")
     if cfg.task and f"-task{cfg.task}-" not in env:
         raise ValueError(f"expected the --task of {env}, got {cfg.task}; give one of the two")
-    cuda = torch.cuda.is_available()
     device = cfg.device
     if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if device == "cuda" and not cuda:
-        raise ValueError("expected a CUDA device, got none; use --device cpu or another torch")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        advice = "use --device cpu or another build of torch"
+        raise ValueError(f"expected a device that is there, got {device}; {advice}") from error
     scale = cfg.scale
     if scale == "auto":
         scale = "paper" if device == "cuda" else "laptop"
@@ -659,16 +661,17 @@ def progress_bar(text: str, total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, desc=text, initial=done, bar_format=layout, delay=delay)
 
 
-def alone_in(folder: Path, wait: bool) -> Any:
-    """Make the folder, and a lock on it to be used by `with`: one process at a time. OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "trqam.lock")
+def alone(lock_file: Path, wait: bool) -> Any:
+    """A lock, for `with`: one process at a time goes on. Makes the folder. Raises OSError."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
         return lock.acquire(blocking=False)
     except Timeout as error:
         if not wait:
-            raise FileExistsError(f"expected no other process in {folder}, got one") from error
-        say(f"waiting for another process at work in {folder}")
+            text = f"expected no other process in {lock_file.parent}, got one"
+            raise FileExistsError(text) from error
+        say(f"waiting for another process at work in {lock_file.parent}")
         return lock.acquire()
 
 
@@ -774,8 +777,8 @@ def prepare_data(cfg: Config) -> Path:
     path = scripted if cfg.data == "scripted" else official
     if path.exists():
         return path
-    with alone_in(folder, wait=True):
-        unfinished = folder / "unfinished"
+    with alone(folder / "data.lock", wait=True):
+        unfinished = folder / "trqam-unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         if path == official and not path.exists():  # another process may have brought it
@@ -866,7 +869,7 @@ def load_data(cfg: Config) -> tuple:
         sets = ogbench.make_env_and_datasets(
             cfg.env, dataset_path=str(path), dataset_only=True, cur_env=env
         )
-    except (PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
         raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
@@ -897,7 +900,7 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
     physics = getattr(env.unwrapped, "_data", None)
-    if physics:  # OGBench's reset takes unseeded steps, of which this would be left over
+    if physics:  # OGBench's reset takes steps with unseeded actions: clear what they leave
         physics.ctrl[:] = 0
         physics.qacc_warmstart[:] = 0
     done = False
@@ -928,10 +931,10 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
         returned = sum(transition["rewards"] for transition, _ in steps)
         results.append((float(info["success"]), returned, len(steps)))
     success, mean_return, mean_length = np.mean(results, 0).tolist()
-    deviation = np.std(results, 0, ddof=min(episodes - 1, 1))[0]
+    variance = success * (1 - success) / max(episodes - 1, 1)
     return {
         "success": success,
-        "stderr": float(deviation) / math.sqrt(episodes),
+        "stderr": math.sqrt(variance),
         "episodes": episodes,
         "mean_return": mean_return,
         "mean_length": mean_length,
@@ -954,7 +957,7 @@ class Progress:
     """What a run remembers beside its agent, generator and buffer."""
 
     step: int = 0  # updates and online steps done, in all phases
-    episodes: int = 0  # online, and over
+    episodes: int = 0  # finished online episodes
     seconds: float = 0.0  # spent
     updates: int = 0  # since the last row of train.csv
     sums: dict = field(default_factory=dict)  # of their metrics
@@ -972,7 +975,9 @@ class Progress:
         means = {name: float(total) / self.updates for name, total in self.sums.items()}
         if not all(map(math.isfinite, means.values())):
             where = f"finite means over the {self.updates} updates before step {self.step}"
-            raise FloatingPointError(f"expected {where}, got {means}; the checkpoint is older")
+            raise FloatingPointError(
+                f"expected {where}, got {means}; the last checkpoint is from before"
+            )
         self.updates = 0
         self.sums = {}
         return means
@@ -1017,7 +1022,9 @@ def save_checkpoint(path, agent, generator, buffer, progress, facts) -> None:
     bad = [name for name, x in agent.state_dict().items() if not x.isfinite().all()]
     if bad:
         where = f"finite parameters at step {progress.step}"
-        raise FloatingPointError(f"expected {where}, got NaN or infinity in {bad}; {path} is older")
+        raise FloatingPointError(
+            f"expected {where}, got NaN or infinity in {bad}; {path} is from before"
+        )
     content = {
         "format": FORMAT,
         "config": asdict(agent.cfg),
@@ -1042,7 +1049,8 @@ def restore(saved, agent, generator, buffer, facts) -> Progress:
     agent.load_state_dict(saved["agent"])
     agent.optimizer.load_state_dict(saved["optimizer"])
     agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
-    generator.set_state(saved["generator"])
+    if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
+        generator.set_state(saved["generator"])
     buffer.add(saved["online"])
     return Progress(**saved["progress"])
 
@@ -1071,7 +1079,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     agent = Agent(cfg, *saved["dims"])
     agent.load_state_dict(saved["agent"])
     if saved["progress"]["step"] < cfg.pretrain_steps:
-        agent.start_fine_tuning()  # it acts by the flow as far as it is
+        agent.start_fine_tuning()  # so that it acts by the partly trained flow
     return agent
 
 
@@ -1082,11 +1090,11 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def phase_of(step: int, ends: dict) -> str:
-    """The phase in which the step is made; its last one is the phase's end."""
+    """The phase that contains the step; a phase ends with its last step."""
     return next(phase for phase, end in ends.items() if step <= end)
 
 
-def online_steps(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[bool]:
+def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[bool]:
     """A step in the environment at a time; yields whether it was the last of its episode.
 
     Only then the episode enters the buffer.
@@ -1129,7 +1137,7 @@ def train(cfg: Config) -> None:
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
     ends = dict(zip(LINES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
-    online = online_steps(agent, buffer, progress)
+    online = explore(agent, buffer, progress)
     whole = True  # no online episode is under way: a checkpoint may be taken
     save_time = 0.0  # from when on the next one is due
     began = time.time() - progress.seconds
@@ -1146,7 +1154,7 @@ def train(cfg: Config) -> None:
             write_csv(run_dir / "eval.csv", progress.eval)
             say(f"evaluation at step {step}: {EVAL_LINE.format(**row)}")
             save_time = 0.0
-        if whole and time.time() >= save_time:
+        if (whole or step == ends["online"]) and time.time() >= save_time:
             progress.seconds = time.time() - began
             save_checkpoint(cfg.checkpoint, agent, generator, buffer, progress, facts)
             save_time = time.time() + 60 * cfg.save_minutes
@@ -1190,7 +1198,7 @@ def train(cfg: Config) -> None:
 # =================================================================================== command line
 SWITCHES = {"resume": False, "eval_only": False, "video": False}
 # what a run that goes on can't change
-FIXED = ["env", "task", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps"]
+FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps"]
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
 
 
@@ -1220,11 +1228,14 @@ def parse(args: list[str]) -> Config:
 
 def report_changes(saved: dict, cfg: Config) -> None:
     """Say what the flags change in a run that goes on. Raises ValueError where it can't take it."""
+    fixed = list(FIXED)
+    if saved["progress"]["step"] > cfg.pretrain_steps + saved["config"]["offline_steps"]:
+        fixed.append("offline_steps")  # that phase is over
     for name, old in saved["config"].items():
         new = getattr(cfg, name)
         if new == old or name in SWITCHES or name == "run_dir":
             continue
-        if name in FIXED:
+        if name in fixed:
             advice = "leave it out, or take another --run-dir"
             raise ValueError(f"expected the run's own {name} {old}, got {new}; {advice}")
         say(f"{name} {old} -> {new}")
@@ -1255,12 +1266,13 @@ def render_apart(checkpoint: Path, video: Path) -> None:
     """`render_video` in a process of its own, as MuJoCo takes its OpenGL at import: OSError."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(render_video, checkpoint, video).result()
-    except Exception as error:  # OpenGL's libraries raise many kinds, or end the process
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=render_video, args=(checkpoint, video), daemon=True)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
         advice = "install EGL (libegl1, libegl-mesa0), or OSMesa and set MUJOCO_GL=osmesa"
-        raise OSError(f"expected OpenGL for {video}, got {error!r}; {advice}") from error
+        raise OSError(f"expected OpenGL for {video}, got the error above; {advice}")
     say(f"video: {video}")
 
 
@@ -1291,7 +1303,7 @@ def main() -> int:
             row = evaluate(agent, make_env(cfg.env), cfg.final_episodes, FINAL)
             say(EVAL_LINE.format(**row))
         else:
-            with alone_in(cfg.checkpoint.parent, wait=False):
+            with alone(cfg.checkpoint.with_name("run.lock"), wait=False):
                 train(cfg)
         if cfg.video:
             render_apart(cfg.checkpoint, cfg.checkpoint.with_name("video.gif"))
