@@ -719,6 +719,11 @@ def collect_share(domain: str, keys: list, pipe: Any) -> None:
         pipe.send(collect_episode(env, oracles, domain, key))
 
 
+def save_episodes(path: Path, episodes: list) -> None:
+    arrays: dict = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
+    np.savez(path, **arrays)
+
+
 def collect(cfg: Config, path: Path) -> None:
     """Collect a dataset and a held-out one (5 %) with OGBench's scripted oracles."""
     say(f"collecting {path.name} by {cfg.workers} workers")
@@ -750,11 +755,6 @@ def collect(cfg: Config, path: Path) -> None:
     bar.close()
     save_episodes(path, episodes[:n])
     save_episodes(path.with_name(f"{path.stem}-val.npz"), episodes[n:])
-
-
-def save_episodes(path: Path, episodes: list) -> None:
-    arrays: dict = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
-    np.savez(path, **arrays)
 
 
 def prepare_data(cfg: Config) -> Path:
