@@ -446,6 +446,7 @@ def test_an_explicit_flag_beats_scale_and_domain(domain):
 def test_device_and_scale_are_by_what_there_is(monkeypatch, cuda):
     """CUDA and the paper's scale where there is CUDA, else CPU and the laptop's; or as asked."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.empty", lambda *_, **__: None)  # as if the device were there
     cfg = configure("")
     assert f"{cfg.device} {cfg.width}" == ("cuda 512" if cuda else "cpu 256")
     assert configure("--device cpu").width == 256
@@ -483,6 +484,10 @@ RANGES = """
 --chunk          1     1000000000 0        1000000001
 --batch          1     1000000000 0        1000000001
 --transitions    1     1000000000 0        1000000001
+--seed           0     1000000000 -1       1000000001
+--data-seed      0     1000000000 -1       1000000001
+--offline-steps  0     1000000000 -1       1000000001
+--online-steps   0     1000000000 -1       1000000001
 --workers        1     1000000000 0        1000000001
 --pretrain-steps 1     1000000000 0        1000000001
 --eval-interval  1     1000000000 0        1000000001
@@ -510,7 +515,8 @@ ValueError | one of .*cube-single, cube-double | --env cube-singel
 ValueError | one of .*cube-single | --env visual-cube-single-play-singletask-v0
 ValueError | --task of .*, got 3; give one | --env cube-single-play-singletask-task2-v0 --task 3
 ValueError | --task of .*, got 3; give one | --env cube-single-play-singletask-v0 --task 3
-ValueError | a CUDA device, got none | --device cuda
+ValueError | a device that is there, got abacus | --device abacus
+ValueError | a device that is there, got cuda; use --device cpu | --device cuda
 FileExistsError | a new run, got one in .*--resume it | --run-dir .
 SystemExit | 2 | --scale huge
 SystemExit | 2 | --batch 1.5
@@ -1391,9 +1397,9 @@ def test_second_process_in_a_run_folder_is_refused():
 @pytest.mark.parametrize(
     "flags, text, step",
     [
-        ("--pretrain-lr 1e38 --save-minutes 60", r"means .* before step 5, .*'flow_loss': ", 0),
-        ("--pretrain-lr 1e38", "parameters at step 2, got NaN or infinity in ", 1),
-        ("--lr 1e38 --save-minutes 60", r"means .* before step 25, .*'critic_loss': .*'lam': ", 20),
+        ("--pretrain-lr 1e37 --save-minutes 60", r"means .* before step 5, .*'flow_loss': ", 0),
+        ("--pretrain-lr 1e37", "parameters at step 2, got NaN or infinity in ", 1),
+        ("--lr 1e37 --save-minutes 60", r"means .* before step 25, .*'critic_loss': .*'lam': ", 20),
     ],
 )
 def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):

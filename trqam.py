@@ -1202,6 +1202,21 @@ FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_s
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
 
 
+def report_changes(saved: dict, cfg: Config) -> None:
+    """Say what the flags change in a run that goes on. Raises ValueError where it can't take it."""
+    fixed = list(FIXED)
+    if saved["progress"]["step"] > cfg.pretrain_steps + saved["config"]["offline_steps"]:
+        fixed.append("offline_steps")  # that phase is over
+    for name, old in saved["config"].items():
+        new = getattr(cfg, name)
+        if new == old or name in SWITCHES or name == "run_dir":
+            continue
+        if name in fixed:
+            advice = "leave it out, or take another --run-dir"
+            raise ValueError(f"expected the run's own {name} {old}, got {new}; {advice}")
+        say(f"{name} {old} -> {new}")
+
+
 def parse(args: list[str]) -> Config:
     """Settings: flag > laptop scale > domain > paper; of a run that goes on: flag > checkpoint.
 
@@ -1224,21 +1239,6 @@ def parse(args: list[str]) -> Config:
         advice = "--resume it, or take another --run-dir"
         raise FileExistsError(f"expected a new run, got one in {cfg.run_dir}; {advice}")
     return cfg
-
-
-def report_changes(saved: dict, cfg: Config) -> None:
-    """Say what the flags change in a run that goes on. Raises ValueError where it can't take it."""
-    fixed = list(FIXED)
-    if saved["progress"]["step"] > cfg.pretrain_steps + saved["config"]["offline_steps"]:
-        fixed.append("offline_steps")  # that phase is over
-    for name, old in saved["config"].items():
-        new = getattr(cfg, name)
-        if new == old or name in SWITCHES or name == "run_dir":
-            continue
-        if name in fixed:
-            advice = "leave it out, or take another --run-dir"
-            raise ValueError(f"expected the run's own {name} {old}, got {new}; {advice}")
-        say(f"{name} {old} -> {new}")
 
 
 def stop(checkpoint: Path, number: int, frame: object) -> None:
