@@ -715,8 +715,9 @@ def collect_share(domain: str, keys: list, pipe: Any) -> None:
         "drawer": drawer_plan.DrawerPlanOracle(**plan),
         "window": window_plan.WindowPlanOracle(**plan),
     }
-    for key in keys:
-        pipe.send(collect_episode(env, oracles, domain, key))
+    with suppress(BrokenPipeError):
+        for key in keys:
+            pipe.send(collect_episode(env, oracles, domain, key))
 
 
 def save_episodes(path: Path, episodes: list) -> None:
