@@ -36,11 +36,11 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import gymnasium
-import imageio
 import numpy as np
 import ogbench
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis.strategies import booleans, floats, integers, lists, none, sampled_from
 from torch.autograd import grad
@@ -177,10 +177,9 @@ def network(net, *inputs):
     for i, (weight, bias, scale, offset) in enumerate(layers_of(net)):
         x = x @ weight + bias
         if i + 1 < len(net.weights):
-            x = x / 2 * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))  # √(2/π)
+            x = F.gelu(x, approximate="tanh")
         if scale is not None:
-            variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-            x = (x - mean) / torch.sqrt(variance + 1e-6) * scale + offset
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + offset
     return x
 
 
@@ -496,15 +495,14 @@ def test_help_documents_every_flag(monkeypatch, capsys):
 # ============================================================================ networks and agent
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_networks_begin_as_the_settings_say(norm):
+def test_networks_begin_as_the_settings_say():
     """Sizes and LayerNorm; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
-    cfg = replace(SMALL, width=256, layers=1, chunk=4, flow_layer_norm=norm)
+    cfg = replace(SMALL, width=256, layers=1, chunk=4, flow_layer_norm=True)
     agent = trqam.Agent(cfg, 20, 2)
     other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
     assert [p.shape for p in agent.base.weights] == [(29, 256), (256, 8)]
     assert [p.shape for p in agent.critic.weights] == [(3, 28, 256), (3, 256, 1)]
-    assert (len(agent.base.scales), len(agent.critic.scales)) == (norm, 1)
+    assert len(agent.base.scales) == len(agent.critic.scales) == 1
     for name, p in agent.named_parameters():
         if "weights" in name:
             filled = p.flatten() / math.sqrt(6 / sum(p.shape[-2:]))
@@ -532,31 +530,6 @@ def test_noise_is_the_generators():
     noise["t_flow"] = (noise["t_flow"] - 0.5) * math.sqrt(12)
     columns = torch.cat([x.movedim(-2, 0).flatten(1) for x in noise.values()], 1)
     assert_close(columns.T @ columns / 9999, torch.eye(29), rtol=0, atol=0.06)
-
-
-CRITICS = {
-    "huge": lambda x: 1 + x,
-    "steps": lambda x: x.sign() + x.relu(),
-    "nan": lambda x: torch.where(x.abs() < 0.3, torch.nan, x),
-    "root": lambda x: x.abs().sqrt(),  # infinite slope at 0
-}
-
-
-@settings(max_examples=30)
-@given(sampled_from(sorted(CRITICS)), floats(-3, 300))
-def test_adversarial_critics(kind, exponent):
-    """Whatever the target critic: λ in its bracket and all finite, or metrics that tell."""
-    agent = golden_agent()
-    agent.target_critic.forward = lambda obs, x: (
-        10**exponent * CRITICS[kind](x.sum(-1, keepdim=True)).expand(3, -1, -1)
-    )
-    for _ in range(3):
-        metrics = agent.update(*golden_inputs(SMALL, 1))
-        if not all(value.isfinite() for value in metrics.values()):
-            assert exponent > 60 or kind in ("nan", "root")
-            break
-        assert 0.0299999 <= agent.lam <= 300 and 0 <= agent.kl_ema <= 1
-        assert all(x.isfinite().all() for x in agent.state_dict().values())
 
 
 SCRIPT = Path(trqam.__file__).resolve()
@@ -715,18 +688,13 @@ def test_batches_are_the_chunks_within_episodes(lengths, H):
     buffer.add(data)
     batch = buffer.sample(3000, torch.Generator().manual_seed(0))
     window = batch["obs"].int().numpy() + np.arange(H)
-    starts = [
-        start
-        for length, end in zip(lengths, ends, strict=True)
-        for start in range(end - length, end - H + 1)
-    ]
-    assert set(window[:, 0]) == set(starts)
-    actions = np.stack([window, -window], 2).reshape(3000, -1) / 40
+    starts = [range(end - n, end - H + 1) for n, end in zip(lengths, ends, strict=True)]
+    assert set(window[:, 0]) == set(itertools.chain(*starts))
     expected = {
         "next_obs": window[:, -1:] + 1,
-        "actions": actions.clip(-0.99999, 0.99999),
+        "actions": data["actions"][window].clip(-0.99999, 0.99999).reshape(3000, -1),
         "rewards": window @ 0.9 ** np.arange(H),
-        "masks": (window % 7).all(1),
+        "masks": data["masks"][window].all(1),
     }
     for name, values in expected.items():
         np.testing.assert_allclose(batch[name], values, rtol=1e-6, err_msg=name)
@@ -751,17 +719,15 @@ class Corridor(gymnasium.Env):
         info = {"success": float(solved or self.n == 3)}
         return np.full(28, self.n), -self.n, solved, over and not solved, info
 
-    def render(self):
-        """As bright as the step is late, a bit more in an episode that is solved."""
-        return np.full((16, 16, 3), 30 * self.n + self.seed % 2 * 20, np.uint8)
-
 
 @pytest.mark.parametrize("i", range(6))
 def test_play_yields_what_happens(i):
-    """Chunks open loop; only a solved episode has mask 0: one that is cut is not over."""
-    agent = trqam.Agent(SMALL, 28, 5)
+    """By the episode's seed; chunks open loop; mask 0 if solved: an episode that is cut goes on."""
+    agent = trqam.Agent(replace(SMALL, seed=5), 28, 5)
     env = Corridor()
-    steps = [step for step, _ in trqam.play(agent, env, trqam.PERIODIC, i)]
+    steps = [step for step, _ in trqam.play(agent, env, trqam.ONLINE, i)]
+    assert env.seed == trqam.seed_of(trqam.ONLINE, 5, i)
+    assert env.luck == np.random.RandomState(env.seed).random_sample()
     noise = torch.Generator().manual_seed(env.seed)
     chunks = [agent.act(np.full(28, n), noise) for n in (0, 2, 4, 6)]
     actions = [step["actions"] for step in steps]
@@ -782,21 +748,10 @@ def test_evaluation_averages_the_episodes():
     assert row == pytest.approx(expected | {"mean_return": -28, "mean_length": 7})
 
 
-def test_every_episode_has_seeds_of_its_own():
-    """Of environment, numpy and noise: by --seed, stream and number, whatever came before."""
-
-    def start(seed, stream, i):
-        agent = trqam.Agent(replace(SMALL, seed=seed), 28, 5)
-        env = Corridor()
-        step, _ = next(trqam.play(agent, env, stream, i))
-        return env.seed, env.luck, tuple(step["actions"])
-
-    streams = (trqam.PERIODIC, trqam.FINAL, trqam.ONLINE)
-    keys = list(itertools.product((0, 1), streams, range(5)))
-    starts = [start(*key) for key in keys]
-    for column in zip(*starts, strict=True):
-        assert len(set(column)) == len(keys)
-    assert [start(*key) for key in reversed(keys)] == starts[::-1]
+def test_every_episode_has_a_seed_of_its_own():
+    """By stream, --seed and number."""
+    keys = list(itertools.product(range(4), range(3), range(50)))
+    assert len({trqam.seed_of(*key) for key in keys}) == len(keys)
 
 
 def test_episodes_do_not_depend_on_what_was_played_before():
@@ -829,16 +784,12 @@ def played(monkeypatch):
 def test_which_episodes_are_played(played):
     """Ends of phases: final ones, between: periodic ones; online each once; all in the task."""
     text = "--pretrain-steps 4 --offline-steps 4 --online-steps 20 --online-start 5"
-    cfg = tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3")
-    trqam.train(cfg)
+    trqam.train(tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3"))
     env = "cube-single-singletask-task1-v0"
     expected = {(env, trqam.FINAL, i): 3 for i in range(3)}
     expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
     expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
     assert Counter(played) == expected
-    rows = read_csv(cfg.checkpoint.with_name("eval.csv"))
-    finals = [row["step"] for row in rows if row["final"] == "1"]
-    assert finals == ["4", "8", "28"] and len(rows) == 10
 
 
 @pytest.mark.parametrize("flag, solved", [("--task 1", 0), ("--task 2", 4), ("", 4)])
@@ -861,8 +812,7 @@ def test_oracles_are_set_as_the_authors_did(domain, monkeypatch):
     monkeypatch.setattr(trqam, "collect_episode", seen)
     monkeypatch.setattr(signal, "signal", MagicMock())
     trqam.collect_share(domain, ["key"], MagicMock())
-    env, oracles, *rest = seen.call_args.args
-    assert rest == [domain, "key"] and env._mode == "data_collection"
+    oracles = seen.call_args.args[1]
     for oracle in oracles.values():
         assert (oracle._noise, oracle._noise_smoothing) == (0.1, 0.5)
     assert oracles["button"]._gripper_always_closed == (domain == "puzzle-3x3")
@@ -874,27 +824,19 @@ STACKING += ",scene 0.5 0.5,puzzle-3x3 0.5 0.5"
 
 @pytest.mark.parametrize("row", STACKING.split(","))
 def test_episodes_are_collected_as_the_authors_did(row):
-    """Each state is the one before the step; a scene that loses its cube is done again."""
+    """The probability to stack; a scene that loses its cube is done again."""
     domain, low, high = row.split()
-
-    def step(n):
-        qpos = np.full(21, 0.3)
-        qpos[0] = n
-        qpos[16] -= n == 500
-        return np.full(3, n + 1), 0, 0, 0, {"privileged/target_task": "x", "prev_qpos": qpos}
-
+    held = np.full(21, 0.3)
+    fallen = held - 0.49 * (np.arange(21) == 16)
+    thrown = held + 0.51 * (np.arange(21) == 14)
+    info = {"privileged/target_task": "x"}
     env = MagicMock(_workspace_bounds=np.array([[0.25, -0.35, 0.02], [0.6, 0.35, 0.35]]))
-    env.reset.return_value = env.set_new_target.return_value = step(-1)[::4]
-    env.step.side_effect = map(step, itertools.count())
-    oracle = MagicMock(done=False)
-    oracle.select_action.return_value = np.full(5, 1.5)
-    episode = trqam.collect_episode(env, {"x": oracle}, domain, (0, 0, 7))
+    env.reset.return_value = env.set_new_target.return_value = (0, info)
+    states = [fallen, *[held] * 1000, thrown, *[held] * 2001]
+    env.step.side_effect = [(0, 0, 0, 0, info | {"prev_qpos": qpos}) for qpos in states]
+    trqam.collect_episode(env, {"x": MagicMock(done=False)}, domain, (0, 0, 7))
     seeds = [how["seed"] for _, how in env.reset.call_args_list]
-    assert len(set(seeds)) == 1 + (domain == "scene")
-    states = np.arange(1001) + 1001 * (domain == "scene")
-    np.testing.assert_array_equal(episode["qpos"][:, 0], states)
-    np.testing.assert_array_equal(episode["observations"][1:, 0], states[1:])
-    assert (episode["actions"] == 1).all() and episode["terminals"].nonzero()[0] == [1000]
+    assert len(set(seeds)) == (3 if domain == "scene" else 1)
     p_stack = np.random.RandomState(seeds[-1]).uniform(float(low), float(high))
     assert env.set_new_target.call_args.kwargs["p_stack"] == pytest.approx(p_stack)
 
@@ -905,17 +847,11 @@ def test_two_runs_on_one_empty_folder():
     The data depend on no number of workers, held-out episodes are others, states fit observations.
     """
     text = f"{TINY} --data scripted --transitions 1000 --offline-steps 0 --dataset-dir data"
-    runs = [Path("a"), Path("b")]
-    screens = ["a.screen", "b.screen"]
-    together(
-        *(
-            running([*text.split(), f"--run-dir={run}"], 0, screen)
-            for run, screen in zip(runs, screens, strict=True)
-        )
-    )
-    told = "".join(Path(screen).read_text() for screen in screens)
+    runs = [running([*text.split(), f"--run-dir={run}"], 0, f"{run}.screen") for run in "ab"]
+    together(*runs)
+    told = Path("a.screen").read_text() + Path("b.screen").read_text()
     assert told.count("collecting") == told.count("waiting for another process") == 1
-    assert contents(runs[0]) == contents(runs[1])
+    assert contents(Path("a")) == contents(Path("b"))
     trqam.collect(replace(tiny(), transitions=1000, workers=2), Path("two.npz"))
     first_actions = set()
     for end in (".npz", "-val.npz"):
@@ -925,6 +861,7 @@ def test_two_runs_on_one_empty_folder():
         for name in one:
             np.testing.assert_array_equal(one[name], two[name])
         np.testing.assert_allclose(one["observations"][:, :6], one["qpos"][:, :6], atol=1e-6)
+        assert np.abs(one["actions"]).max() <= 1 and one["terminals"].nonzero()[0] == [1000]
         first_actions.add(tuple(one["actions"][0]))
     assert len(first_actions) == 2
 
@@ -963,21 +900,19 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host that does not answer yet; patience with it is five times shorter."""
+    """A host; patience with it is five times shorter."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
     url = f"http://127.0.0.1:{server.server_port}/host"
     monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     patience(None)
 
 
-@pytest.mark.parametrize("kind", ["silent", "absent"])
-def test_data_are_collected_where_no_host_answers(kind, host, played, monkeypatch, capsys):
+def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
     """And a run that began with them goes on with them, whatever else has come."""
-    if kind == "absent":
-        host.server_close()
     monkeypatch.setattr(trqam, "collect", lambda cfg, path: write_dataset("data", path.stem))
     trqam.train(tiny("--dataset-dir data --offline-steps 0"))
     assert "going on with data of OGBench's scripted oracles" in capsys.readouterr().out
@@ -995,7 +930,6 @@ def test_data_that_come_in_part_are_an_error(folder, parts, pause, text, host):
     write_dataset(folder)
     host.parts = parts
     host.pause = pause
-    threading.Thread(target=host.serve_forever, daemon=True).start()
     cfg = tiny("--dataset-dir data")
     with pytest.raises(OSError, match=text):
         trqam.prepare_data(cfg)
@@ -1042,19 +976,14 @@ def test_run_end_to_end(finished):
     assert [int(row["step"]) for row in train] == [*range(5, 41, 5), *range(70, 101, 5)]
     phases = Counter(row["phase"] for row in train)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
-    assert train[0]["lam"] == "" and 0 < float(train[4]["lam"]) <= 3
     evaluated = [row["step"] + row["phase"] for row in read_csv(finished / "eval.csv")]
     assert evaluated == ["20pretrain", "40offline", "53online", "86online", "100online"]
     summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
     config = json.loads((finished / "config.json").read_text())
-    assert (config["online_steps"], config["torch_build"]) == (60, torch.__version__)
-    assert config["data_used"]["transitions"] == 150
-
-    saved = trqam.load_checkpoint(finished / "checkpoint.pt")
-    assert saved["config"]["data"] == "ogbench"
-    assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
-    assert saved["online"]["masks"].all()  # the episodes were cut, not solved
+    assert (config["data"], config["data_used"]["transitions"]) == ("ogbench", 150)
+    online = trqam.load_checkpoint(finished / "checkpoint.pt")["online"]
+    assert online["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
     *_, held_out, _ = trqam.load_data(tiny())
     fixed = torch.Generator().manual_seed(0)
@@ -1117,48 +1046,38 @@ def test_checkpoint_of_a_finished_run_is_of_its_end(played):
     assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 50
 
 
-KILLS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
-    60: "pretrain_update 7, save 2, update 3, write_csv 3, save 2, evaluate 2, update 9,"
-    " write_csv 5, save 2",
-    0: "save 5, pretrain_update 13, update 12, save 1, update 30",
+STOPS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
+    60: "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3, TERM save 2,"
+    " KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
+    0: "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12, KILL save 1,"
+    " TERM update 30",
 }
 
 
-def test_resume_is_exact_after_sigkill_in_every_phase(finished):
-    """Killed 14 times, also while a checkpoint is written, a run ends as if it had not been."""
+def test_stopped_runs_end_as_if_they_had_not_been(finished):
+    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on."""
 
-    def run(minutes, moments):
-        folder = Path(f"run{minutes}")
+    def run(minutes, stops):
+        folder = Path(f"run {minutes}")
         screen = Path(f"screen{minutes}")
-        args = f"{TINY} {ONLINE} --save-minutes {minutes} --run-dir {folder} --resume".split()
-        for moment in moments.split(","):
-            kill = partial(strike, moment, signal.raise_signal, signal.SIGKILL)
-            yield from running(args, -signal.SIGKILL, screen, kill)
-            assert "data: source" in screen.read_text()  # printed at once, though piped
+        args = f"{TINY} {ONLINE} --save-minutes {minutes} --resume --run-dir".split()
+        args.append(str(folder))
+        for stop in stops.split(", "):
+            name, moment = stop.split(maxsplit=1)
+            number = signal.Signals[f"SIG{name}"]
+            code = -number if name == "KILL" else 128 + number
+            action = partial(signal.raise_signal, number)
+            yield from running(args, code, screen, partial(strike, moment, action))
+            text = screen.read_text()
+            assert "data: source" in text  # printed at once, though piped
+            if name != "KILL":
+                python, script, *args = shlex.split(re.search("to go on: (.*)", text)[1])
+                assert (python, script) == (sys.executable, str(SCRIPT))
         yield from running(args, 0, screen)
         assert contents(folder) == contents(finished)
         assert not list(folder.glob("*.tmp"))
 
-    together(*itertools.starmap(run, KILLS.items()))
-
-
-STOPS = {7: "pretrain_update 8", 19: "evaluate 1", 25: "update 6", 80: "update 32"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_runs_go_on_by_the_command_they_name(number, finished):
-    """Ctrl-C and SIGTERM end at once, with one line; its command goes on, exactly."""
-    args = [*f"{TINY} {ONLINE} --run-dir".split(), "a run"]
-    for step, moment in STOPS.items():
-        stop = partial(strike, moment, signal.raise_signal, number)
-        together(running(args, 128 + number, "screen", stop))
-        line = Path("screen").read_text().splitlines()[-1]
-        pattern = rf"trqam.py: stopped; .* of step {step}; to go on: (.*)"
-        assert re.fullmatch(pattern, line), line
-        python, script, *args = shlex.split(re.fullmatch(pattern, line)[1])
-        assert (python, script) == (sys.executable, str(SCRIPT))
-    together(running(args))
-    assert contents(Path("a run")) == contents(finished)
+    together(*itertools.starmap(run, STOPS.items()))
 
 
 def test_resume_lengthens_a_run(finished):
@@ -1195,12 +1114,10 @@ def test_resume_refuses_what_can_not_change(name, finished):
 
 
 def test_resume_refuses_other_data(finished):
-    """The checkpoint knows the data of its run, which stays as it was."""
-    shutil.copytree(finished, RUN)
+    """The checkpoint knows the data of its run."""
     write_dataset("data", qpos=np.zeros((153, 21)))
     with pytest.raises(ValueError, match="expected the run's data, got other ones"):
-        trqam.train(tiny(f"{ONLINE} --resume --dataset-dir data"))
-    assert files(RUN) == files(finished)
+        trqam.train(tiny(f"{ONLINE} --resume --dataset-dir data --run-dir {finished}"))
 
 
 class Evil:
@@ -1369,15 +1286,14 @@ def test_readme_lifts_the_mathematics(monkeypatch):
     assert names["dual"] < 1
 
 
-def test_video_shows_the_episodes_as_played(finished, monkeypatch):
-    """Every second step of the first three episodes of the final evaluation."""
-    make = MagicMock(return_value=Corridor())
-    monkeypatch.setattr(gymnasium, "make", make)
+def test_video_shows_final_episodes(finished, played, monkeypatch):
+    """Every second step of the first three."""
+    env = MagicMock()
+    env.render.return_value = np.zeros((16, 16, 3), np.uint8)
+    monkeypatch.setattr(trqam, "make_env", MagicMock(return_value=env))
     trqam.render_video(finished / "checkpoint.pt", Path("video.gif"))
-    odd = [trqam.seed_of(trqam.FINAL, 0, i) % 2 for i in range(3)]
-    expected = [30 * n + 20 * bit for bit in odd for n in range(1, 8)]
-    assert [frame[0, 0, 0] for frame in imageio.mimread("video.gif")] == expected[::2]
-    assert make.call_args.kwargs["render_mode"] == "rgb_array"
+    assert played == [(env.spec.id, trqam.FINAL, i) for i in range(3)]
+    assert env.render.call_count == 11 and Path("video.gif").exists()
 
 
 def test_video_without_opengl_says_so(finished):
