@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -76,7 +75,6 @@ flow_loss      sum    2.0151501966286243   2.584983009941795  0.4783592190717729
 path_kl        sum    1.2288984360733517   0.894984937933437  0.9179972797140844
 critic_loss    sum     7.013804645283311  17.462941889069572   4.306948289991458
 q_mean         sum    0.2767926792528065  0.7216761855600567 0.11318928000405266
-lam_after      sum                 2.988     2.9783849548138   2.970985405985363
 kl_ema         sum                   0.1  0.1794984937933437  0.2533483723854178
 dual           sum                 0.996  0.9927949849379334  0.9903284686617876
 base           norm     5.47823025590607    5.47761484219633   5.477124139038693
@@ -160,10 +158,10 @@ def vector_of(net):
 
 
 def updated(agent, update, *inputs):
-    """Metrics of an update of an agent or an oracle, ℓ, λ and all parameters after it."""
+    """Metrics of an update of an agent or an oracle, ℓ and all parameters after it."""
     metrics = getattr(agent, update)(*inputs)
     vectors = {name: vector_of(getattr(agent, name)) for name in NETS}
-    return metrics | vectors | {"dual": agent.dual, "lam_after": agent.lam}
+    return metrics | vectors | {"dual": agent.dual}
 
 
 # ======================================================================================== oracle
@@ -209,11 +207,6 @@ class Oracle:
         for name in [*NETS, "dual", "kl_ema"]:
             setattr(self, name, copy.deepcopy(getattr(agent, name)))
 
-    @property
-    def lam(self):
-        fixed = self.cfg.fixed_lambda
-        return 3 * self.dual if fixed is None else fixed + 0 * self.dual
-
     def critic_terms(self, obs, actions, next_obs, rewards, masks, x_next, **_):
         cfg = self.cfg
         next_chunk = euler(self.policy, next_obs, x_next, cfg.flow_steps)
@@ -250,12 +243,14 @@ class Oracle:
         q = network(self.target_critic, obs, path[-1].clamp(-1, 1)).mean(0)
         *adjoint, terminal = grad(-q.sum(), path)
         size = terminal.abs()
-        sigma = g / self.lam.sqrt()
+        fixed = self.cfg.fixed_lambda
+        lam = 3 * self.dual if fixed is None else fixed + 0 * self.dual
+        sigma = g / lam.sqrt()
         u = 2 * torch.stack(gaps) / sigma
         target = sigma * torch.stack(adjoint)
-        kl_of = 1 / (2 * K * self.lam * self.cfg.chunk)
+        kl_of = 1 / (2 * K * lam * self.cfg.chunk)
         return {
-            "lam": self.lam,
+            "lam": lam,
             "matching_loss": squared_norm(u + target),
             "path_kl": squared_norm(u).detach() * kl_of,
             "target_kl": squared_norm(target) * kl_of,
@@ -419,20 +414,15 @@ def configure(flags):
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_a_domain_has_the_settings_of_the_papers_table(row):
-    """At the paper's scale; at the laptop's, here by the full id, those of LAPTOP beat them."""
+    """At the paper's scale; at the laptop's, here by the full id, LAPTOP beats, and a flag all."""
     cfg = configure(f"--env {row[0]} --scale paper --device cpu")
     assert [str(getattr(cfg, name)) for name in COLUMNS] == row[1:]
     assert configure(f"--env {row[0]} --task 3").env == cfg.env.replace("-v0", "-task3-v0")
     laptop = configure(f"--env {cfg.env} --scale laptop --device cpu")
     assert laptop == replace(cfg, scale="laptop", **trqam.LAPTOP)
-
-
-@pytest.mark.parametrize("domain", ["humanoidmaze-medium", "cube-triple"])
-def test_an_explicit_flag_beats_scale_and_domain(domain):
-    """Even one that gives the paper's usual setting, which is the default."""
     for scale in ("paper", "laptop"):
-        cfg = configure(f"--env {domain} --scale {scale} --device cpu {PAPERS_FLAGS}")
-        assert cfg == trqam.Config(cfg.env, scale=scale, device="cpu", run_dir=cfg.run_dir)
+        flags = configure(f"--env {row[0]} --scale {scale} --device cpu {PAPERS_FLAGS}")
+        assert flags == trqam.Config(cfg.env, scale=scale, device="cpu", run_dir=cfg.run_dir)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -578,7 +568,7 @@ def write_dataset(folder, name="cube-single-play-v0", **changes):
         np.savez(f"{folder}/{name}{end}", **arrays | changes)
 
 
-def tiny(text="") -> trqam.Config:
+def tiny(text=""):
     return trqam.parse(f"{TINY} {text}".split())
 
 
@@ -616,7 +606,7 @@ def together(*jobs):
         time.sleep(0.002)
 
 
-def call(text="", code=0, prepare=lambda: None) -> str:
+def call(text="", code=0, prepare=lambda: None):
     """A run that has to end with the code; its screen."""
     together(running(f"{TINY} {text}".split(), code, "screen", prepare))
     return Path("screen").read_text()
@@ -637,11 +627,11 @@ def strike(moment, action, *args):
     setattr(owner, name, struck)
 
 
-def read_csv(path) -> list[dict]:
+def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def contents(run_dir) -> dict:
+def contents(run_dir):
     """All of a run that is the same to the bit in a run like it: all but times and places."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
     saved["train.csv"] = read_csv(run_dir / "train.csv")
@@ -654,7 +644,7 @@ def contents(run_dir) -> dict:
     return json.loads(json.dumps(saved, default=torch.Tensor.tolist))
 
 
-def files(folder) -> dict:
+def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
@@ -767,17 +757,15 @@ def test_episodes_do_not_depend_on_what_was_played_before():
 
 @pytest.fixture
 def played(monkeypatch):
-    """Environments and keys of the episodes played; each is seven steps of nothing, at once."""
+    """Environments and keys of the episodes played; all of them in the corridor."""
+    play = trqam.play
     keys = []
-    step = dict.fromkeys(("observations", "next_observations"), np.zeros(28))
-    step.update(actions=np.zeros(5), rewards=-1.0, masks=1.0)
 
-    def play(agent, env, stream, i):
+    def play_there(agent, env, stream, i):
         keys.append((env.spec.id, stream, i))
-        for n in range(7):
-            yield step | {"terminals": n == 6}, {"success": 0.0}
+        return play(agent, Corridor(), stream, i)
 
-    monkeypatch.setattr(trqam, "play", play)
+    monkeypatch.setattr(trqam, "play", play_there)
     return keys
 
 
@@ -795,11 +783,10 @@ def test_which_episodes_are_played(played):
 @pytest.mark.parametrize("flag, solved", [("--task 1", 0), ("--task 2", 4), ("", 4)])
 def test_rewards_are_those_of_the_task(flag, solved):
     """Four states of the data solve task 2, which is OGBench's default; none solves task 1."""
-    _, *buffers, facts = trqam.load_data(tiny(f"--chunk 1 {flag}"))
+    _, *buffers, facts = trqam.load_data(tiny(flag))
     assert facts["solved"] == solved
     for buffer in buffers:
-        batch = buffer.sample(3000, torch.Generator().manual_seed(0))
-        assert set(batch["rewards"].tolist()) == ({-1, 0} if solved else {-1})
+        assert buffer.arrays["rewards"].sum() == solved - 150
 
 
 # ========================================================================================= data
@@ -883,8 +870,7 @@ def test_killed_collection_leaves_nothing():
     stopped = "stopped; there is no checkpoint yet"
     together(
         run("run", "recv 2", -9, "collecting", signal.raise_signal, signal.SIGKILL),
-        run("early", "recv 1", 143, stopped, os.killpg, 0, signal.SIGTERM),
-        run("late", "recv 2", 143, stopped, os.killpg, 0, signal.SIGTERM),
+        run("all", "recv 1", 143, stopped, os.killpg, 0, signal.SIGTERM),
         run("workers", "recv 2", 1, "take fewer --workers", kill_workers),
     )
 
@@ -971,13 +957,10 @@ def test_data_that_can_not_be_read_are_not_damaged(kind, monkeypatch):
 
 
 def test_run_end_to_end(finished):
-    """All phases are trained, evaluated, logged and summed up; held-out loss of held-out data."""
+    """All phases are trained, logged and summed up; held-out loss of held-out data."""
     train = read_csv(finished / "train.csv")
-    assert [int(row["step"]) for row in train] == [*range(5, 41, 5), *range(70, 101, 5)]
     phases = Counter(row["phase"] for row in train)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
-    evaluated = [row["step"] + row["phase"] for row in read_csv(finished / "eval.csv")]
-    assert evaluated == ["20pretrain", "40offline", "53online", "86online", "100online"]
     summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
     config = json.loads((finished / "config.json").read_text())
@@ -1012,23 +995,19 @@ def updates(monkeypatch, played):
     return seen
 
 
-@pytest.mark.parametrize("decay", [True, False])
-def test_learning_rate(decay, updates):
-    """Cosine to 0 over the pretraining with --pretrain-decay, else constant; then --lr."""
-    cfg = tiny("--pretrain-steps 4 --offline-steps 3 --pretrain-lr 0.5 --lr 0.25")
-    trqam.train(replace(cfg, pretrain_decay=decay))
+def test_updates_have_rates_and_random_numbers_of_the_run(updates):
+    """Cosine to 0 with --pretrain-decay, else constant; then --lr. Another --seed, like another
+    update, has other batches and other noise."""
+    text = "--pretrain-steps 4 --offline-steps 3 --pretrain-lr 0.5 --lr 0.25"
+    trqam.train(tiny(f"{text} --pretrain-decay"))
     trqam.train(trqam.parse(["--resume", "--offline-steps=4", "--lr=0.1"]))
-    rates = [0.25 + 0.25 * math.cos(math.pi * decay * k / 4) for k in range(4)]
-    assert [lr for lr, *_ in updates] == pytest.approx([*rates, 0.25, 0.25, 0.25, 0.1])
-
-
-def test_batches_and_noise_come_from_the_seed(updates):
-    """Another --seed, like another update, has other batches and other noise."""
-    trqam.train(tiny())
-    trqam.train(tiny("--seed 1"))
+    trqam.train(tiny(f"{text} --no-pretrain-decay --seed 1"))
+    cosine = [0.25 + 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
+    rates = [*cosine, *[0.25] * 3, 0.1, *[0.5] * 4, *[0.25] * 3]
+    assert [lr for lr, *_ in updates] == pytest.approx(rates)
     drawn = [[batch["obs"], *noise.values()] for _, batch, noise, *_ in updates]
     for tensors in zip(*drawn, strict=True):
-        assert len({float(x.sum()) for x in tensors}) == 80
+        assert len({float(x.sum()) for x in tensors}) == len(rates)
 
 
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
@@ -1159,30 +1138,14 @@ def test_second_process_in_a_run_folder_is_refused():
     ],
 )
 def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
-    """With step and terms; the checkpoint that stays is finite."""
+    """With step and terms; the checkpoint that stays is finite, and acts as far as it learnt."""
     with pytest.raises(FloatingPointError, match=text):
         trqam.train(tiny(flags))
     saved = trqam.load_checkpoint(RUN / "checkpoint.pt")
     assert saved["progress"]["step"] == step
     assert all(x.isfinite().all() for x in saved["agent"].values())
-
-
-def test_checkpoint_within_pretraining_acts_by_the_flow(played, monkeypatch):
-    """As far as it is trained, not as it began."""
-    monkeypatch.setattr(trqam, "write_csv", lambda *args: sys.exit())
-    with pytest.raises(SystemExit):
-        trqam.train(tiny())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
-    fresh = trqam.Agent(agent.cfg, 28, 5)
     assert torch.equal(vector_of(agent.policy), vector_of(agent.base))
-    assert not torch.equal(vector_of(agent.policy), vector_of(fresh.policy))
-
-
-def test_full_disk_is_told_before_the_first_update():
-    """Files can't grow beyond 20 kB."""
-    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert "error: [Errno 27]" in call(code=1, prepare=full)
-    assert not {"train.csv", "checkpoint.pt"} & set(files(RUN))
 
 
 # ================================================================================= command line
