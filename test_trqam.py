@@ -493,11 +493,11 @@ def test_networks_begin_as_the_settings_say():
 
 def test_acting_is_the_flow_from_seeded_noise():
     """K Euler steps of v_ft from the generator's normals, clipped, as H actions of one chunk."""
-    agent = golden_agent(flow_steps=7).float()
+    agent = golden_agent().float()
     generator = torch.Generator().manual_seed(2)
     x_0 = torch.randn(1, 4, generator=generator)
     chunk = agent.act(np.ones(3), generator.manual_seed(2))
-    assert_close(torch.tensor(chunk), euler(agent.policy, torch.ones(1, 3), x_0, 7).view(2, 2))
+    assert_close(torch.tensor(chunk), euler(agent.policy, torch.ones(1, 3), x_0, 4).view(2, 2))
 
 
 def test_noise_is_the_generators():
@@ -879,8 +879,7 @@ def host(monkeypatch):
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    patience(None)
+    return server
 
 
 def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
@@ -947,8 +946,6 @@ def test_run_end_to_end(finished):
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
     summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
-    config = json.loads((finished / "config.json").read_text())
-    assert (config["data"], config["data_used"]["transitions"]) == ("ogbench", 150)
     assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
     *_, held_out, _ = trqam.load_data(tiny())
@@ -1173,17 +1170,16 @@ def test_eval_only_repeats_the_final_evaluation(finished):
 def test_file_runs_alone():
     """Copied into an empty folder, the file trains."""
     shutil.copy(SCRIPT, "trqam.py")
-    argv = [sys.executable, "trqam.py", *TINY.split()]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "offline  success" in done.stdout, done.stderr
+    subprocess.run([sys.executable, "trqam.py", *TINY.split()], check=True, timeout=300)
+    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 40
 
 
 def test_dependencies_are_those_of_the_project():
-    """The header for `uv run` and pyproject.toml name the same packages."""
+    """The header for `uv run` and pyproject.toml name the same packages, and the same Python."""
     header = SCRIPT.read_text().split("# ///")[1]
     project = SCRIPT.with_name("pyproject.toml").read_text().split("[project")[1]
-    for pattern in (r'"(\w+>=.+)"', "requires-python = (.*)"):
-        assert sorted(re.findall(pattern, header)) == sorted(re.findall(pattern, project))
+    pattern = r'"\w+>=[^"]+"|requires-python = .*'
+    assert sorted(re.findall(pattern, header)) == sorted(re.findall(pattern, project))
 
 
 # =============================================================================== README, video
