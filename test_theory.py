@@ -252,6 +252,17 @@ def g_squared(K):
     return 2 * (K + 1 - k) / (k + 1)
 
 
+def control(gap, lam):
+    """u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ: the drift that it adds is σu = 2(v_ft − v_base)."""
+    sigma = (g_squared(len(gap)) / lam).sqrt()
+    return 2 * gap / sigma
+
+
+def kl_of_control(u, lam):
+    """Σ_k (h/2λ) ‖u_k‖² of each path: the KL in terms of the control."""
+    return u.square().sum((0, 2)) / (2 * lam * len(u))
+
+
 def step_std(K):
     """√h g_k, (K, 1, 1)."""
     return (g_squared(K) / K).sqrt()
@@ -521,7 +532,7 @@ def test_q_gradient_is_zero_outside_the_box(seed, D, E):
 @forall(10, K=integers(2, 64))
 def test_schedule_is_the_shifted_memoryless_one(K):
     """t_k = k/K, g_k² = 2(1 − t_k + h)/(t_k + h) = 2(K + 1 − k)/(k + 1): exact."""
-    t, g = trqam.schedule(K, zeros(1))
+    t, g = trqam.schedule(K, zeros(1, 1))
     assert t.shape == g.shape == (K, 1, 1)
     assert t.dtype == g.dtype == torch.float64
     close(t, times(K), 1e-14)
@@ -670,29 +681,18 @@ def test_theorem1_pathwise_identity(exact, seed, D, K, lam, kind):
     x_0, noise = draw.noise(K, 9, D)
     path = trqam.simulate_sde(v_fine, v_base, x_0, noise, exact=exact)
     gap = trqam.velocity_gap(v_fine, v_base, path)
-    u = trqam.control(gap, lam)
+    u = control(gap, lam)
     n = noisy_steps(K, exact)
     L = log_ratio(v_fine, v_base, path)[:n].sum(0)
     M = martingale(gap, noise)[:n].sum(0)
     last = girsanov(gap)[n:].sum(0)
-    for A in (trqam.path_kl(gap), trqam.path_kl_from_control(u, lam)):
+    for A in (trqam.path_kl(gap), kl_of_control(u, lam)):
         assert A.shape == (9,)
         close(L, A - last + M)
     if not exact:
         assert (last > 0).all()
         exact_path = trqam.simulate_sde(v_fine, v_base, x_0, noise, exact=True)
         close(trqam.path_kl(gap), kl_along(exact_path, v_fine, v_base))
-
-
-@forall(8, seed=seeds, D=dims, K=steps, lam=lams)
-def test_control_is_the_drift_it_adds(seed, D, K, lam):
-    """σu = 2(v_ft − v_base), the drift it adds; λ as a tensor gives the same: exact."""
-    draw = Draw(seed)
-    gap = draw.normal(K, 3, D)
-    u = trqam.control(gap, lam)
-    sigma = (g_squared(K) / lam).sqrt()
-    close(sigma * u, 2 * gap)
-    close(trqam.control(gap, tensor(lam)), u)
 
 
 @forall(8, seed=seeds, D=dims, K=steps, kind=kinds)
@@ -756,9 +756,9 @@ def test_theorem1_monte_carlo(exact, seed, D, K, lam, kl):
     sample = Theorem1Sample(seed, D, K, kl, "mlp", exact)
     n = noisy_steps(K, exact)
     L = sample.log_ratio(sample.path)[:n].sum(0)
-    u = trqam.control(sample.gap, lam)
+    u = control(sample.gap, lam)
     u[n:] = 0
-    A = trqam.path_kl_from_control(u, lam)
+    A = kl_of_control(u, lam)
     accept(L - A, 0.0, DELTA * A.mean().item())
 
 
@@ -1037,6 +1037,7 @@ def test_matching_loss_value_gradient_and_minimiser(seed, D, K, lam):
 
     gap.requires_grad_()
     loss = trqam.adjoint_matching_loss(gap, adjoint, lam)
+    close(trqam.adjoint_matching_loss(gap, adjoint, tensor(lam)).detach(), value)
     (gradient,) = torch.autograd.grad(loss, gap)
     close(loss.detach(), value)
     close(gradient, slope)
@@ -1059,9 +1060,9 @@ def test_random_adjoints_regress_to_their_mean(seed, D, K, lam):
     spread = (g2.flatten() * variance).sum()  # Σ g² Var(ã)
 
     best = -g2 * mean / (2 * lam)
-    u = trqam.control(best, lam)
-    close(u, -(g2 / lam).sqrt() * mean)
-    kl = trqam.path_kl_from_control(u, lam).mean()
+    u = -(g2 / lam).sqrt() * mean
+    close(control(best, lam), u)
+    kl = kl_of_control(u, lam).mean()
     target_kl = trqam.closed_form_kl(adjoint, lam).mean()
     close(target_kl, kl + spread / (2 * lam**2 * K))
     gap = best.expand(K, B, D)
@@ -1103,10 +1104,10 @@ def test_scale_and_shift_symmetries(seed, D, K, lam, c, shift):
     scaled_loss, scaled_kl = run(c, shift, c * lam)
     close(scaled_loss, c * loss)
     close(scaled_kl, kl)
-    u = trqam.control(gap, lam)
-    scaled_u = trqam.control(gap, c * lam)  # u depends on λ, its KL does not
+    u = control(gap, lam)
+    scaled_u = control(gap, c * lam)  # u depends on λ, its KL does not
     close(scaled_u, math.sqrt(c) * u)
-    close(trqam.path_kl_from_control(scaled_u, c * lam), trqam.path_kl(gap))
+    close(kl_of_control(scaled_u, c * lam), trqam.path_kl(gap))
 
 
 @forall(3, seed=seeds, D=dims, K=steps, lam=lams)

@@ -648,7 +648,7 @@ def test_adversarial_critics(kind, exponent):
 SOURCE = inspect.getsource(trqam)
 FUNCTIONS = """
 schedule flow_matching_loss sample_flow td_target simulate_sde q_gradient lean_adjoint velocity_gap
-control adjoint_matching_loss path_kl path_kl_from_control closed_form_kl dual_step
+adjoint_matching_loss path_kl closed_form_kl dual_step adapt first_aid
 """
 
 

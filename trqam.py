@@ -46,40 +46,79 @@ import torch
 from torch import Tensor
 
 # ================================================================================ mathematics
-# Pure functions: tensors and a velocity v(x, t) in, tensors out. v maps x (..., B, D) and t, which
-# broadcasts to (..., B, 1), to (..., B, D); what it is conditioned on is the caller's business.
+# Pure functions: tensors and a velocity v(x, t) in, tensors out. v maps x ([K,] B, …) and t, which
+# broadcasts to x, to the shape of x; what it is conditioned on is the caller's business. "…" is the
+# shape of a chunk: D = H·A in this file, (H, A) in many others. Shapes are checked (ValueError).
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Box = tuple[float, float] | None  # bounds of actions, or none
 BRACKET = (0.01, 100.0)  # of the raw multiplier ℓ
 
 
-def schedule(K: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Times t_k = k/K and memoryless diffusion g_k = √λ σ_k for k = 0 … K−1, each (K, 1, 1).
+def check_shape(name: str, x: Tensor, *expected: int) -> None:
+    """Raise ValueError where a tensor has another shape."""
+    if x.shape != expected:
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(x.shape)}")
+
+
+def checked(name: str, v: Velocity) -> Velocity:
+    """v, but a result that has not the shape of x is an error."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        out = v(x, t)
+        check_shape(f"{name}(x, t)", out, *x.shape)
+        return out
+
+    return velocity
+
+
+def pull_back(name: str, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """(∂out/∂x)ᵀ weight; that `out` has no gradient to x is an error, not a zero: ValueError."""
+    if out.requires_grad:
+        (gradient,) = torch.autograd.grad(out, x, weight, allow_unused=True)
+        if gradient is not None:
+            return gradient
+    raise ValueError(f"expected a gradient of {name} to x, got none; see detach, no_grad in it")
+
+
+def clip(x: Tensor, box: Box) -> Tensor:
+    return x if box is None else x.clamp(*box)
+
+
+def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Times t_k = k/K and memoryless diffusion g_k = √λ σ_k for k = 0 … K−1, each (K, 1, …, 1).
 
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
-    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code).
+    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). They
+    broadcast over x (B, …). K is the length of what is given: never pass a slice over k.
     """
+    if K < 2:
+        raise ValueError(f"expected K >= 2 flow steps, got {K}")
     h = 1 / K
-    t = torch.arange(K, device=like.device, dtype=like.dtype).view(K, 1, 1) / K
+    t = torch.arange(K, device=x.device, dtype=x.dtype).view(K, *[1] * x.ndim) / K
     g = (2 * (1 - t + h) / (t + h)).sqrt()
     return t, g
 
 
 def flow_matching_loss(v: Velocity, x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-    """mean (v(x_t, t) − (x_1 − x_0))² at x_t = (1 − t) x_0 + t x_1; x (B, D), t (B, 1)."""
+    """mean (v(x_t, t) − (x_1 − x_0))² at x_t = (1 − t) x_0 + t x_1; x (B, …), t (B, 1, …)."""
+    v = checked("v", v)
+    check_shape("x_0", x_0, *x_1.shape)
+    check_shape("t", t, len(x_1), *[1] * (x_1.ndim - 1))
     x_t = (1 - t) * x_0 + t * x_1
     return (v(x_t, t) - (x_1 - x_0)).square().mean()
 
 
 @torch.no_grad()
-def sample_flow(v: Velocity, x_0: Tensor, K: int) -> Tensor:
-    """The acting policy: K Euler steps of dx = v dt from the noise x_0 (B, D), clipped to ±1."""
+def sample_flow(v: Velocity, x_0: Tensor, K: int, box: Box = (-1, 1)) -> Tensor:
+    """The acting policy: K Euler steps of dx = v dt from the noise x_0 (B, …), then the clip."""
+    v = checked("v", v)
     times, _ = schedule(K, x_0)
     x = x_0
     for t in times:
         x = x + v(x, t) / K
-    return x.clamp(-1, 1)
+    return clip(x, box)
 
 
 def td_target(rewards: Tensor, masks: Tensor, q_next: Tensor, gamma_H: float, rho: float) -> Tensor:
@@ -103,9 +142,12 @@ def simulate_sde(
     The drift is b + σu, b = 2 v_base − X/τ and σu = 2 (v_ft − v_base). The last step of the
     training chain is the noise-free X_K = X_{K−1} + h v_base (authors' code). With `exact` every
     step is controlled and noisy: for that chain Theorem 1 has no discretisation error.
-    x_0 (B, D), noise (K, B, D) standard normal -> X_0 … X_K (K + 1, B, D), without gradient.
+    x_0 (B, …), noise (K, B, …) standard normal -> X_0 … X_K (K + 1, B, …), without gradient.
     """
+    v_fine = checked("v_fine", v_fine)
+    v_base = checked("v_base", v_base)
     K = len(noise)
+    check_shape("noise", noise, K, *x_0.shape)
     h = 1 / K
     t, g = schedule(K, x_0)
     controlled_steps = K if exact else K - 1
@@ -119,13 +161,14 @@ def simulate_sde(
     return torch.stack(path)
 
 
-def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor) -> Tensor:
-    """∇_x mean_E Q(clip(x, −1, 1)), none outside the box; q maps (B, D) to (E, B); (B, D)."""
+def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor, box: Box = (-1, 1)) -> Tensor:
+    """∇_x mean_E Q(clip(x)), none outside the box; q maps (B, …) to (E, B); (B, …)."""
     with torch.enable_grad():
         x = x_1.detach().requires_grad_()
-        value = q(x.clamp(-1, 1)).mean(0).sum()
-        (gradient,) = torch.autograd.grad(value, x)
-    return gradient
+        values = q(clip(x, box))
+        check_shape("q(x)", values, len(values), len(x))
+        value = values.mean(0)
+        return pull_back("q", value, x, torch.ones_like(value))
 
 
 def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool = False) -> Tensor:
@@ -134,75 +177,72 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
         ã_k = ã_{k+1} + h (∂_x [2 v_base(X_k, t_k + h) − X_k/(t_k + h)])ᵀ ã_{k+1}
 
     v_base is asked at t_k + h (authors' code); with `exact` at t_k, the time of the step, which
-    makes ã the derivative of the base chain. path (K + 1, B, D), terminal ã_K = −∇Q (B, D)
-    -> ã_0 … ã_K (K + 1, B, D), without gradient.
+    makes ã the derivative of the base chain. path (K + 1, B, …), terminal ã_K = −∇Q (B, …)
+    -> ã_0 … ã_K (K + 1, B, …), without gradient.
     """
+    v_base = checked("v_base", v_base)
     K = len(path) - 1
-    t, _ = schedule(K, path)
+    check_shape("terminal", terminal, *path[0].shape)
+    t, _ = schedule(K, terminal)
     adjoint = [terminal]
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
         time = t[k] if exact else pole
         with torch.enable_grad():
             x = path[k].detach().requires_grad_()
-            drift = 2 * v_base(x, time) - x / pole
-            (pulled_back,) = torch.autograd.grad(drift, x, adjoint[-1])
-        adjoint.append(adjoint[-1] + pulled_back / K)
+            pulled_back = pull_back("v_base", v_base(x, time), x, adjoint[-1])
+        drift_gradient = 2 * pulled_back - adjoint[-1] / pole
+        adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
 
 
 def velocity_gap(v_fine: Velocity, v_base: Velocity, path: Tensor) -> Tensor:
-    """Δv_k = (v_ft − v_base)(X_k, t_k), k < K; path (K + 1, B, D) -> (K, B, D); ∇ to v_ft only."""
+    """Δv_k = (v_ft − v_base)(X_k, t_k), k < K; path (K + 1, B, …) -> (K, B, …); ∇ to v_ft only."""
+    v_fine = checked("v_fine", v_fine)
+    v_base = checked("v_base", v_base)
     x = path[:-1]
-    t, _ = schedule(len(x), x)
+    t, _ = schedule(len(x), x[0])
     with torch.no_grad():
         base = v_base(x, t)
     return v_fine(x, t) - base
 
 
-def control(gap: Tensor, lam: Tensor | float) -> Tensor:
-    """u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ; gap (K, B, D) -> (K, B, D)."""
-    _, g = schedule(len(gap), gap)
-    sigma = g / lam**0.5
-    return 2 * gap / sigma
+def squared_norm(x: Tensor) -> Tensor:
+    """Σ_k ‖x_k‖² over all but the batch; x (K, B, …) -> (B,)."""
+    return x.square().flatten(2).sum((0, 2))
 
 
 def adjoint_matching_loss(gap: Tensor, adjoint: Tensor, lam: Tensor | float) -> Tensor:
     """Adjoint matching (Eq. 5): mean_B Σ_k ‖u_k + σ_k ã_k‖², u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ.
 
-    gap, adjoint (K, B, D). Training pairs u_k with ã_k, lean_adjoint(…)[:-1] (authors' code);
+    gap, adjoint (K, B, …). Training pairs u_k with ã_k, lean_adjoint(…)[:-1] (authors' code);
     at the exact optimum of the discrete problem it pairs with ã_{k+1}, lean_adjoint(…)[1:].
     """
-    _, g = schedule(len(gap), gap)
+    check_shape("adjoint", adjoint, *gap.shape)
+    _, g = schedule(len(gap), gap[0])
     sigma = g / lam**0.5
-    residual = control(gap, lam) + sigma * adjoint
-    return residual.square().sum((0, 2)).mean()
+    u = 2 * gap / sigma
+    return squared_norm(u + sigma * adjoint).mean()
 
 
 def path_kl(gap: Tensor) -> Tensor:
-    """KL(P^u ‖ P^base) by Girsanov (Theorem 1, Eq. 8): Σ_k (2h/g_k²) ‖Δv_k‖²; λ cancels.
+    """KL(P^u ‖ P^base) by Girsanov (Theorem 1, Eq. 8): Σ_k (h/2λ) ‖u_k‖² = Σ_k (2h/g_k²) ‖Δv_k‖².
 
-    gap (K, B, D) along paths of P^u -> nats (B,); their mean estimates the KL.
+    λ cancels. gap (K, B, …) along paths of P^u -> nats (B,); their mean estimates the KL.
     """
     K = len(gap)
-    _, g = schedule(K, gap)
-    return (2 / K * gap.square() / g.square()).sum((0, 2))
-
-
-def path_kl_from_control(u: Tensor, lam: Tensor | float) -> Tensor:
-    """The same KL in terms of the control: Σ_k (h/2λ) ‖u_k‖²; u (K, B, D) -> nats (B,)."""
-    K = len(u)
-    return u.square().sum((0, 2)) / (2 * lam * K)
+    _, g = schedule(K, gap[0])
+    return (2 / K * gap.square() / g.square()).flatten(2).sum((0, 2))
 
 
 def closed_form_kl(adjoint: Tensor, lam: Tensor | float) -> Tensor:
     """The KL as a closed form in λ, along the target u = −σã: KL(λ) = (1/2λ²) Σ_k h g_k² ‖ã_k‖².
 
-    adjoint (K, B, D), paired as in `adjoint_matching_loss` -> nats (B,).
+    adjoint (K, B, …), paired as in `adjoint_matching_loss` -> nats (B,).
     """
     K = len(adjoint)
-    _, g = schedule(K, adjoint)
-    return (g * adjoint).square().sum((0, 2)) / (2 * lam**2 * K)
+    _, g = schedule(K, adjoint[0])
+    return squared_norm(g * adjoint) / (2 * lam**2 * K)
 
 
 def dual_step(
@@ -224,6 +264,81 @@ def dual_step(
     kl_ema = (1 - rate) * kl_ema + rate * kl.clamp(max=2 * kl_budget)
     dual = (dual + lr * (kl_ema - kl_budget)).clamp(*bounds)
     return kl_ema, dual
+
+
+# =============================================================================== your own flow
+def adapt(
+    net: Callable[..., Tensor],
+    *conditions: Tensor,
+    event_dims: int,
+    reverse: bool = False,
+    stepwise: bool = False,
+) -> Velocity:
+    """v(x, t) of a network net(x (N, …), t (N,), *conditions (N, …)), as many are written.
+
+    A chunk has `event_dims` dimensions: 2 for (H, A), 1 for (D,). Conditions (B, …), such as
+    observations, are repeated for each of the K steps. `reverse`: the network has its noise at
+    t = 1 and predicts noise − action. `stepwise`: it is asked for one step at a time, to save
+    memory, or where it holds a prefix for B rows itself.
+    """
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        if stepwise and x.ndim == event_dims + 2:
+            return torch.stack([v(x[k], t[k]) for k in range(len(x))])
+        rows = x.flatten(0, -1 - event_dims)  # N = K·B, or B
+        times = t.expand_as(x).reshape(len(rows), -1)[:, 0]
+        repeated = [torch.cat([c] * (len(rows) // len(c))) for c in conditions]
+        out = -net(rows, 1 - times, *repeated) if reverse else net(rows, times, *repeated)
+        check_shape("net(x, t, …)", out, *rows.shape)
+        return out.view(x.shape)
+
+    return v
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the precision of a network, be it in half precision."""
+    return torch.allclose(a, b, 1e-2, 1e-2)
+
+
+@torch.no_grad()
+def first_aid(
+    v_fine: Velocity,
+    v_base: Velocity,
+    learning: list[Tensor],
+    x_0: Tensor,
+    x_1: Tensor,
+    t: Tensor,
+    box: Box = (-1, 1),
+) -> float:
+    """To be called once before fine-tuning: finds what would go wrong without an error.
+
+    learning: the parameters that the optimizer moves. x_0, x_1 (B, …): noise, and chunks of your
+    data, of different observations; t (B, 1, …) in (0, 1). Raises ValueError. Returns the
+    flow-matching loss of v_base: if it is not near that of the pretraining, then the direction of
+    time, the sign or the scale of actions is another one.
+    """
+    if not torch.equal(x_1, clip(x_1, box)):
+        raise ValueError(f"expected actions in {box}, got some outside: normalise, or give `box`")
+    loss = flow_matching_loss(v_base, x_0, x_1, t).item()
+    x = torch.stack([x_0, x_1])  # K = 2
+    times, _ = schedule(2, x_0)
+    for name, v in {"v_base": v_base, "v_fine": v_fine}.items():
+        out = v(x, times)
+        if not same(out, v(x, times)):
+            raise ValueError(f"expected {name} to repeat itself: put it into eval(), for dropout")
+        if not same(out, torch.stack([v(x[k], times[k]) for k in range(2)])):
+            raise ValueError(f"expected {name}(x, t)[k] to be {name}(x[k], t[k]): use `adapt`")
+
+    weights = [p.clone() for p in learning]
+    before = v_base(x, times)
+    for p in learning:
+        p.add_(1)
+    after = v_base(x, times)
+    for p, weight in zip(learning, weights, strict=True):
+        p.copy_(weight)
+    if not same(before, after):
+        raise ValueError("expected v_base to stay where v_fine moves: deepcopy the network")
+    return loss
 
 
 # ======================================================================== imports of the program
