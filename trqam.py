@@ -352,6 +352,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -627,7 +628,8 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     lr: float = 3e-4  # Adam's learning rate, offline and online
     pretrain_lr: float = 3e-4  # Adam's learning rate in pretraining
     pretrain_decay: bool = False  # cosine decay of it, to 0
-    pretrain_steps: int = 300_000  # updates of behaviour cloning
+    pretrain_steps: int = 300_000  # updates of behaviour cloning; with --pretrained 0
+    pretrained: str | None = None  # flow to start from: checkpoint.pt, or the authors' params_*.pkl
     offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
@@ -679,16 +681,19 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
 
 
 SIZES = ["width", "layers", "critics", "chunk", "batch", "transitions", "workers"]
-SIZES += ["pretrain_steps", "eval_interval", "eval_episodes", "final_episodes", "log_interval"]
+SIZES += ["eval_interval", "eval_episodes", "final_episodes", "log_interval"]
+COUNTS = ["seed", "data_seed", "pretrain_steps", "offline_steps", "online_steps", "online_start"]
 LIMITS = {
     "task": (1, 5),
     "gamma": (0, 1),
     "rho": (0, 100),
+    "tau": (0, 1),
     "flow_steps": (2, 1000),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
     **dict.fromkeys(SIZES, (1, 10**9)),
-    **dict.fromkeys(["seed", "data_seed", "offline_steps", "online_steps"], (0, 10**9)),
+    **dict.fromkeys(COUNTS, (0, 10**9)),
+    **dict.fromkeys(["lr", "pretrain_lr", "save_minutes"], (0, math.inf)),
 }
 
 
@@ -968,7 +973,7 @@ def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
     actions = data["actions"]
     shapes = env.observation_space.shape, env.action_space.shape
     got = observations.shape[1:], actions.shape[1:]
-    largest = np.abs(observations).max(), np.abs(actions).max()
+    largest = np.abs(observations).max().item(), np.abs(actions).max().item()
     if got != shapes or not np.isfinite(largest[0]) or not largest[1] < 1 + 1e-5:
         expected = f"finite observations and actions in [-1, 1] of shapes {shapes}"
         raise OSError(f"expected {expected} in {path}, got {got}, at most {largest}")
@@ -1156,21 +1161,6 @@ def save_checkpoint(path, agent, generator, buffer, progress, facts) -> None:
         torch.save(content, file)
 
 
-def restore(saved, agent, generator, buffer, facts) -> Progress:
-    """The mirror image of `save_checkpoint`. Raises ValueError if the data are other ones."""
-    if saved["data"] != facts["sha256"]:
-        raise ValueError(f"expected the run's data, got other ones: {facts['path']}")
-    if saved["progress"]["step"] >= agent.cfg.pretrain_steps:
-        agent.start_fine_tuning()
-    agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(saved["optimizer"])
-    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
-    if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
-        generator.set_state(saved["generator"])
-    buffer.add(saved["online"])
-    return Progress(**saved["progress"])
-
-
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running code from it. Raises OSError."""
     try:
@@ -1188,6 +1178,22 @@ def load_checkpoint(path: Path) -> dict:
     return saved
 
 
+def restore(path, agent, generator, buffer, facts) -> Progress:
+    """The mirror image of `save_checkpoint`. Raises ValueError if the data are other ones."""
+    saved = load_checkpoint(path)
+    if saved["data"] != facts["sha256"]:
+        raise ValueError(f"expected the run's data, got other ones: {facts['path']}")
+    if saved["progress"]["step"] >= agent.cfg.pretrain_steps:
+        agent.start_fine_tuning()
+    agent.load_state_dict(saved["agent"])
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
+    if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
+        generator.set_state(saved["generator"])
+    buffer.add(saved["online"])
+    return Progress(**saved["progress"])
+
+
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent of a run's checkpoint.pt. Raises OSError if there is none or it is damaged."""
     saved = load_checkpoint(Path(path))
@@ -1197,6 +1203,64 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     if saved["progress"]["step"] < cfg.pretrain_steps:
         agent.start_fine_tuning()  # so that it acts by the partly trained flow
     return agent
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of arrays in containers, and refuses one with anything else in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = r"numpy(\._?core\.\w+)? (_reconstruct|_frombuffer|ndarray|dtype|scalar)"
+        if not re.fullmatch(arrays, f"{module} {name}"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_flow(path: Path) -> tuple[dict, dict]:
+    """Weights of a pretrained flow, and its sizes in the words of `Config`. Raises OSError.
+
+    From a checkpoint of ours, of any task, or the authors' pickle (flax names, without jax).
+    """
+    try:
+        flow = {}
+        if zipfile.is_zipfile(path):
+            for name, x in load_checkpoint(path)["agent"].items():
+                if name.startswith("base."):
+                    flow[name.removeprefix("base.")] = x
+        else:
+            names = {
+                "Dense kernel": "weights",
+                "Dense bias": "biases",
+                "LayerNorm scale": "scales",
+                "LayerNorm bias": "offsets",
+            }
+            with open(path, "rb") as file:
+                network = ArraysOnly(file).load()["agent"]["network"]["params"]
+            layers = network["modules_actor_slow"]
+            for layer, arrays in layers.get("mlp", layers).items():
+                kind, i = layer.split("_")
+                for name, array in arrays.items():
+                    ours = names[f"{kind} {name}"]
+                    flow[f"{ours}.{i}"] = torch.tensor(array)
+        n_layers = sum(name.startswith("biases") for name in flow)
+        sizes = {
+            "width": len(flow["biases.0"]),
+            "layers": n_layers - 1,
+            "flow_layer_norm": "scales.0" in flow,
+        }
+    except OSError:
+        raise
+    except Exception as error:  # of damaged and of hostile files, many kinds
+        raise OSError(f"expected a pretrained flow, got {path}: {error!r}") from error
+    return flow, sizes
+
+
+def start_from(agent: Agent, path: Path) -> None:
+    """Take a pretrained flow as `base`. Raises OSError, and ValueError if its sizes are others."""
+    flow, _ = load_flow(path)
+    try:
+        agent.base.load_state_dict(flow)
+    except RuntimeError as error:
+        raise ValueError(f"expected a flow of the run's sizes in {path}, got {error}") from error
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -1235,7 +1299,6 @@ def train(cfg: Config) -> None:
     # the state: new, or from a checkpoint
     run_dir = cfg.checkpoint.parent
     run_dir.mkdir(parents=True, exist_ok=True)
-    saved = load_checkpoint(cfg.checkpoint) if cfg.checkpoint.exists() else None
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     cfg = replace(cfg, data=facts["source"])
@@ -1244,9 +1307,11 @@ def train(cfg: Config) -> None:
     held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # never change
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
     progress = Progress()
-    if saved:
-        progress = restore(saved, agent, generator, buffer, facts)
+    if cfg.checkpoint.exists():
+        progress = restore(cfg.checkpoint, agent, generator, buffer, facts)
         say(f"resuming at step {progress.step}")
+    elif cfg.pretrained:
+        start_from(agent, Path(cfg.pretrained))
     write_config(run_dir / "config.json", cfg, facts)
 
     # the plan: which step ends a phase, and when to evaluate
@@ -1261,6 +1326,8 @@ def train(cfg: Config) -> None:
     while True:
         # evaluate, save, stop
         step = progress.step
+        if step == ends["pretrain"]:
+            agent.start_fine_tuning()
         if step in evaluations and step not in [row["step"] for row in progress.eval]:
             final = step in ends.values()
             episodes = cfg.final_episodes if final else cfg.eval_episodes
@@ -1293,8 +1360,6 @@ def train(cfg: Config) -> None:
             else:
                 metrics = agent.update(batch, noise)
             progress.add(metrics)
-        if step == ends["pretrain"]:
-            agent.start_fine_tuning()
         bar.update()
         if progress.updates and (step % cfg.log_interval == 0 or step in ends.values()):
             row = {"step": step, "phase": phase, **progress.average(), "kl_budget": cfg.kl_budget}
@@ -1314,7 +1379,7 @@ def train(cfg: Config) -> None:
 # =================================================================================== command line
 SWITCHES = {"resume": False, "eval_only": False, "video": False}
 # what a run that goes on can't change
-FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps"]
+FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
 
 
@@ -1346,6 +1411,9 @@ def parse(args: list[str]) -> Config:
         default = Config(**saved["config"] | SWITCHES | {"run_dir": cfg.run_dir})
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
+        if cfg.pretrained:
+            _, sizes = load_flow(Path(cfg.pretrained))
+            default = replace(default, pretrain_steps=0, **sizes)
     about = __doc__.split("\n    obs ")[0]
     cfg = resolve(tyro.cli(Config, args=args, default=default, description=about))
     check(cfg)
