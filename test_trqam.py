@@ -7,19 +7,15 @@ random. Nothing here touches the network. `pytest -q test_trqam.py`
 
 from __future__ import annotations
 
-import ast
-import builtins
 import copy
 import csv
-import dis
-import gc
 import http.server
-import inspect
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -30,8 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import weakref
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -42,16 +36,15 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import gymnasium
-import imageio
 import numpy as np
 import ogbench
 import pytest
 import torch
-import torch.fx.experimental._config as fx_config
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from hypothesis.strategies import booleans, floats, integers, none, sampled_from
+from hypothesis.strategies import booleans, floats, integers, lists, none, sampled_from
 from torch.autograd import grad
+from torch.fx.experimental import _config as fx_config
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.optim import Adam
 from torch.testing import assert_close
@@ -184,10 +177,9 @@ def network(net, *inputs):
     for i, (weight, bias, scale, offset) in enumerate(layers_of(net)):
         x = x @ weight + bias
         if i + 1 < len(net.weights):
-            x = x / 2 * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))  # √(2/π)
+            x = F.gelu(x, approximate="tanh")
         if scale is not None:
-            variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-            x = (x - mean) / torch.sqrt(variance + 1e-6) * scale + offset
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + offset
     return x
 
 
@@ -298,8 +290,7 @@ class Oracle:
         terms["grad_norm"] = self.descend(loss, cfg.lr, "policy", *moving)
         self.kl_ema = 0.9 * self.kl_ema + 0.1 * terms["path_kl"].clamp(max=2 * cfg.kl_budget)
         if cfg.fixed_lambda is None:
-            moved = self.dual + 0.01 * (self.kl_ema - cfg.kl_budget)
-            self.dual = moved.clamp(0.01, 100)
+            self.dual = (self.dual + 0.01 * (self.kl_ema - cfg.kl_budget)).clamp(0.01, 100)
         return terms | {"kl_ema": self.kl_ema}
 
 
@@ -311,7 +302,7 @@ def test_golden_numbers():
             for row in GOLDEN.strip().splitlines():
                 name, reduction, *values = row.split()
                 value = getattr(got[name], reduction)().item()
-                assert value == pytest.approx(float(values[s - 1]), rel=1e-8, abs=0), row
+                assert value == pytest.approx(float(values[s - 1]), rel=1e-8), row
 
 
 SIZES = ["width", "layers", "critics", "chunk", "flow_steps", "batch"]
@@ -335,12 +326,14 @@ SETTINGS = {
     kl_ema=sampled_from([0, 8]),
 )
 def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
-    """One of pretraining and two after it, λ within its bracket or at an end of it."""
+    """One of pretraining; two after it, from its flow, λ within its bracket or at an end of it."""
     agent = golden_agent(fine_tuning=False, **changes)
     inputs = golden_inputs(agent.cfg, 1)
     expected = updated(Oracle(agent), "pretrain_update", *inputs, 1e-3)
     assert_close(updated(agent, "pretrain_update", *inputs, 1e-3), expected, rtol=1e-8, atol=1e-10)
     agent.start_fine_tuning()
+    for net in (agent.target_base, agent.policy):
+        assert torch.equal(vector_of(net), vector_of(agent.base))
     fill(agent)
     agent.dual.fill_(dual)
     agent.kl_ema.fill_(kl_ema)
@@ -355,13 +348,15 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
 
 
 class Dispatched(TorchDispatchMode):
-    """Notes the operations of torch, and refuses those that mix devices."""
+    """Counts the operations of torch that are no views, and refuses those that mix devices."""
+
+    launched = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **kwargs or {})
         tensors = filter(torch.is_tensor, tree_leaves((args, kwargs, result)))
         assert len({x.device for x in tensors}) < 2
-        self.operations.append(operation)
+        self.launched += not operation.is_view
         return result
 
 
@@ -378,39 +373,36 @@ def test_training_stays_on_the_device():
         buffer = trqam.ReplayBuffer(data, cfg)
     agent = trqam.Agent(cfg, 2, 2)
     generator = MetaGenerator()
-    seen = Dispatched()
-    seen.operations = []
-    with seen:
+    with Dispatched() as seen:
         inputs = (buffer.sample(8, generator), agent.draw_noise(8, generator))
         agent.pretrain_update(*inputs, 1e-3)
         agent.start_fine_tuning()
         agent.update(*inputs)
-        seen.operations.clear()
+        before = seen.launched
         agent.update(*inputs)
-    computing = [operation for operation in seen.operations if not operation.is_view]
-    assert len(seen.operations) < 2200 and len(computing) < 1400
+    assert seen.launched - before < 1400
 
 
 # ====================================================================================== settings
 PAPER = """
-                   chunk width flow_layer_norm gamma rho kl_budget
-antmaze-large          1   512           False 0.995 0.5       1.0
-antmaze-giant          1  1024            True 0.995 0.5       1.0
-humanoidmaze-medium    1   512           False 0.999 0.0       0.5
-humanoidmaze-large     1   512           False 0.999 0.0       1.0
-scene                  5   512           False 0.995 0.5       1.0
-puzzle-3x3             5   512           False 0.995 0.5       1.0
-puzzle-4x4             5  1024            True 0.995 0.5       1.0
-cube-double            5   512           False 0.995 0.5       1.0
-cube-triple            5  1024            True 0.995 0.5       0.5
-cube-quadruple         5  1024            True 0.995 0.5       1.0
-cube-single            5   512           False 0.995 0.5       1.0
-cube-octuple           5   512           False 0.995 0.5       1.0
-puzzle-4x6             5   512           False 0.995 0.5       1.0
-antsoccer-arena        1   512           False 0.995 0.5       1.0
-pointmaze-medium       1   512           False 0.995 0.5       1.0
-humanoidmaze-giant     1   512           False 0.999 0.0       1.0
-"""  # the last six are not of the paper
+env chunk width flow_layer_norm gamma rho kl_budget
+antmaze-large       antmaze-large-navigate-singletask-v0       1  512 False 0.995 0.5 1.0
+antmaze-giant       antmaze-giant-navigate-singletask-v0       1 1024 True  0.995 0.5 1.0
+humanoidmaze-medium humanoidmaze-medium-navigate-singletask-v0 1  512 False 0.999 0.0 0.5
+humanoidmaze-large  humanoidmaze-large-navigate-singletask-v0  1  512 False 0.999 0.0 1.0
+scene               scene-play-singletask-v0                   5  512 False 0.995 0.5 1.0
+puzzle-3x3          puzzle-3x3-play-singletask-v0              5  512 False 0.995 0.5 1.0
+puzzle-4x4          puzzle-4x4-play-singletask-v0              5 1024 True  0.995 0.5 1.0
+cube-double         cube-double-play-singletask-v0             5  512 False 0.995 0.5 1.0
+cube-triple         cube-triple-play-singletask-v0             5 1024 True  0.995 0.5 0.5
+cube-quadruple      cube-quadruple-play-singletask-v0          5 1024 True  0.995 0.5 1.0
+cube-single         cube-single-play-singletask-v0             5  512 False 0.995 0.5 1.0
+cube-octuple        cube-octuple-play-singletask-v0            5  512 False 0.995 0.5 1.0
+puzzle-4x6          puzzle-4x6-play-singletask-v0              5  512 False 0.995 0.5 1.0
+antsoccer-arena     antsoccer-arena-navigate-singletask-v0     1  512 False 0.995 0.5 1.0
+pointmaze-medium    pointmaze-medium-navigate-singletask-v0    1  512 False 0.995 0.5 1.0
+humanoidmaze-giant  humanoidmaze-giant-navigate-singletask-v0  1  512 False 0.999 0.0 1.0
+"""  # the last six are not of the paper; no -task in an id: OGBench's default
 COLUMNS, *ROWS = map(str.split, PAPER.splitlines()[1:])
 PAPERS_FLAGS = """
 --chunk 5 --width 512 --no-flow-layer-norm --gamma 0.995 --rho 0.5 --kl-budget 1 --critics 10
@@ -430,6 +422,7 @@ def test_a_domain_has_the_settings_of_the_papers_table(row):
     """At the paper's scale; at the laptop's, here by the full id, those of LAPTOP beat them."""
     cfg = configure(f"--env {row[0]} --scale paper --device cpu")
     assert [str(getattr(cfg, name)) for name in COLUMNS] == row[1:]
+    assert configure(f"--env {row[0]} --task 3").env == cfg.env.replace("-v0", "-task3-v0")
     laptop = configure(f"--env {cfg.env} --scale laptop --device cpu")
     assert laptop == replace(cfg, scale="laptop", **trqam.LAPTOP)
 
@@ -450,25 +443,6 @@ def test_device_and_scale_are_by_what_there_is(monkeypatch, cuda):
     cfg = configure("")
     assert f"{cfg.device} {cfg.width}" == ("cuda 512" if cuda else "cpu 256")
     assert configure("--device cpu").width == 256
-    assert configure("--scale paper").width == 512
-
-
-@pytest.mark.parametrize("domain", trqam.DOMAINS)
-def test_a_domain_names_environments_of_ogbench(domain):
-    """For no task and for each."""
-    for task, suffix in enumerate(["", "-task1", "-task2", "-task3", "-task4", "-task5"]):
-        cfg = trqam.resolve(trqam.Config(domain, task))
-        name = re.sub("-(play|navigate)-", "-", cfg.env)
-        assert name == f"{domain}-singletask{suffix}-v0"
-        assert name in gymnasium.registry
-
-
-def test_without_a_task_it_is_ogbenchs_default():
-    defaults = {"cube-single": 2, "puzzle-4x4": 4, "antmaze-large": 1}
-    for domain, task in defaults.items():
-        env = trqam.make_env(configure(f"--env {domain}").env)
-        env.reset()
-        assert env.unwrapped._reward_task_id == task
 
 
 RANGES = """
@@ -484,18 +458,21 @@ RANGES = """
 --chunk          1     1000000000 0        1000000001
 --batch          1     1000000000 0        1000000001
 --transitions    1     1000000000 0        1000000001
---seed           0     1000000000 -1       1000000001
---data-seed      0     1000000000 -1       1000000001
---offline-steps  0     1000000000 -1       1000000001
---online-steps   0     1000000000 -1       1000000001
 --workers        1     1000000000 0        1000000001
 --pretrain-steps 0     1000000000 -1       1000000001
 --eval-interval  1     1000000000 0        1000000001
 --eval-episodes  1     1000000000 0        1000000001
 --final-episodes 1     1000000000 0        1000000001
 --log-interval   1     1000000000 0        1000000001
+--seed           0     1000000000 -1       1000000001
+--data-seed      0     1000000000 -1       1000000001
 --offline-steps  0     1000000000 -1       1000000001
 --online-steps   0     1000000000 -1       1000000001
+--online-start   0     1000000000 -1       1000000001
+--tau            0     1          -1e-09   1.000000001  nan
+--lr             0     1e300      -1e-09   nan
+--pretrain-lr    0     1e300      -1e-09   nan
+--save-minutes   0     1e300      -1e-09   nan
 """
 
 
@@ -510,173 +487,54 @@ def test_a_number_has_its_range(row):
             configure(f"{flag} {value}")
 
 
-WRONG = """
-ValueError | one of .*cube-single, cube-double | --env cube-singel
-ValueError | one of .*cube-single | --env visual-cube-single-play-singletask-v0
-ValueError | --task of .*, got 3; give one | --env cube-single-play-singletask-task2-v0 --task 3
-ValueError | --task of .*, got 3; give one | --env cube-single-play-singletask-v0 --task 3
-ValueError | a device that is there, got abacus | --device abacus
-ValueError | a device that is there, got cuda; use --device cpu | --device cuda
-FileExistsError | a new run, got one in .*--resume it | --run-dir .
-SystemExit | 2 | --scale huge
-SystemExit | 2 | --batch 1.5
-SystemExit | 2 | --nonsense
-"""
-
-
-@pytest.mark.parametrize("row", WRONG.strip().splitlines())
-def test_wrong_calls_are_refused(monkeypatch, tmp_path, row):
-    error, message, flags = row.split(" | ")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    (tmp_path / "checkpoint.pt").touch()
-    with pytest.raises(getattr(builtins, error), match=message):
-        configure(flags)
-
-
 def test_help_documents_every_flag(monkeypatch, capsys):
-    """By a text and the default, which is None for --task, --run-dir and --fixed-lambda."""
+    """By a text and the default."""
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit, match="0"):
         configure("--help")
     shown = re.sub(r"[│\n]", " ", capsys.readouterr().out)
     names = re.findall(r" {2}--([a-z-]+)(?:, --no-\S+)?(?: \S+)? {2,}\w.*? \(default: ", shown)
     assert [name.replace("-", "_") for name in names] == list(trqam.Config.__annotations__)
-    assert shown.count("(default: None)") == 3
 
 
 # ============================================================================ networks and agent
 
 
-def test_networks_have_the_sizes_of_the_settings():
-    """And LayerNorm after each hidden layer of the critics, in the flows where it is asked for."""
-    for norm in (False, True):
-        cfg = replace(SMALL, layers=1, width=9, chunk=4, flow_layer_norm=norm)
-        agent = trqam.Agent(cfg, 5, 2)
-        assert [p.shape for p in agent.base.weights] == [(14, 9), (9, 8)]
-        assert [p.shape for p in agent.critic.weights] == [(3, 13, 9), (3, 9, 1)]
-        assert len(agent.base.scales) == norm
-        assert len(agent.critic.scales) == 1
-
-
-def test_initial_weights_are_xavier_uniform():
-    """They fill ±√(6/(n_in + n_out)) evenly, no two rows or members alike; biases are 0."""
-    levels = torch.linspace(0, 1, 9)
-    agent = trqam.Agent(replace(SMALL, width=256, flow_layer_norm=True), 20, 2)
+def test_networks_begin_as_the_settings_say():
+    """Sizes and LayerNorm; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
+    cfg = replace(SMALL, width=256, layers=1, chunk=4, flow_layer_norm=True)
+    agent = trqam.Agent(cfg, 20, 2)
+    other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
+    assert [p.shape for p in agent.base.weights] == [(29, 256), (256, 8)]
+    assert [p.shape for p in agent.critic.weights] == [(3, 28, 256), (3, 256, 1)]
+    assert len(agent.base.scales) == len(agent.critic.scales) == 1
     for name, p in agent.named_parameters():
         if "weights" in name:
             filled = p.flatten() / math.sqrt(6 / sum(p.shape[-2:]))
+            levels = torch.linspace(0, 1, 9)
             assert 0.98 < filled.abs().max() <= 1
             assert_close(filled.quantile(levels), 2 * levels - 1, rtol=0, atol=0.1)
             assert len(p.unique(dim=0)) == len(p)
+            assert not (p == other[name]).any()
         else:
             assert (p == float("scales" in name)).all()
-
-
-def test_the_seed_decides_the_networks():
-    """Same seed, same start; other seed, only biases and scales the same."""
-    agents = [trqam.Agent(replace(SMALL, seed=seed), 3, 2) for seed in (0, 0, 1)]
-    first, same, other = map(vector_of, agents)
-    assert torch.equal(first, same)
-    assert first[first == other].unique().tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_fine_tuning_starts_from_the_pretrained_flow(frozen):
-    """v_base and v_ft are copies of it, the KL is 0; Adam has what learns and no more."""
-    agent = golden_agent(fine_tuning=False, frozen_base=frozen)
-    inputs = golden_inputs(SMALL, 1)
-    agent.pretrain_update(*inputs, lr=0.1)
-    agent.start_fine_tuning()
-    assert torch.equal(vector_of(agent.target_base), vector_of(agent.base))
-    learning = {*agent.critic.parameters(), *agent.policy.parameters()}
-    if not frozen:
-        learning.update(agent.base.parameters())
-    assert set(agent.optimizer.param_groups[0]["params"]) == learning
-    assert agent.update(*inputs)["path_kl"] == 0
 
 
 def test_acting_is_the_flow_from_seeded_noise():
     """K Euler steps of v_ft from the generator's normals, clipped, as H actions of one chunk."""
     agent = golden_agent(flow_steps=7).float()
     generator = torch.Generator().manual_seed(2)
-    x_1 = euler(agent.policy, torch.ones(1, 3), torch.randn(1, 4, generator=generator), 7)
+    x_0 = torch.randn(1, 4, generator=generator)
     chunk = agent.act(np.ones(3), generator.manual_seed(2))
-    assert_close(torch.tensor(chunk), x_1.view(2, 2))
-    assert x_1.abs().max() == 1
-    with pytest.raises(RuntimeError):
-        agent.act(np.ones((2, 3)))
+    assert_close(torch.tensor(chunk), euler(agent.policy, torch.ones(1, 3), x_0, 7).view(2, 2))
 
 
 def test_noise_is_the_generators():
-    """Normals, and uniform flow times, all independent, by the generator's state alone."""
-    columns = []
-    for seed in (5, 5, 6):
-        noise = golden_agent().draw_noise(9999, torch.Generator().manual_seed(seed))
-        noise["t_flow"] = (noise["t_flow"] - 0.5) * math.sqrt(12)
-        columns.append(torch.cat([x.movedim(-2, 0).flatten(1) for x in noise.values()], 1))
-    assert torch.equal(columns[0], columns[1])
-    both = torch.cat(columns[1:], 1)
-    assert_close(both.T @ both / 9999, torch.eye(58), rtol=0, atol=0.06)
-
-
-CRITICS = {
-    "huge": lambda x: 1 + x,
-    "steps": lambda x: x.sign() + x.relu(),
-    "nan": lambda x: torch.where(x.abs() < 0.3, torch.nan, x),
-    "root": lambda x: x.abs().sqrt(),  # infinite slope at 0
-}
-
-
-@settings(max_examples=30)
-@given(sampled_from(sorted(CRITICS)), floats(-3, 300))
-def test_adversarial_critics(kind, exponent):
-    """Whatever the target critic: λ in its bracket and all finite, or metrics that tell."""
-    agent = golden_agent()
-    agent.target_critic.forward = lambda obs, x: (
-        10**exponent * CRITICS[kind](x.sum(-1, keepdim=True)).expand(3, -1, -1)
-    )
-    for _ in range(3):
-        metrics = agent.update(*golden_inputs(SMALL, 1))
-        if not all(value.isfinite() for value in metrics.values()):
-            assert exponent > 60 or kind in ("nan", "root")
-            break
-        assert 0.0299999 <= agent.lam <= 300 and 0 <= agent.kl_ema <= 1
-        assert all(x.isfinite().all() for x in agent.state_dict().values())
-
-
-# ======================================================================================== copying
-SOURCE = inspect.getsource(trqam)
-FUNCTIONS = """
-schedule flow_matching_loss sample_flow td_target simulate_sde q_gradient lean_adjoint velocity_gap
-adjoint_matching_loss path_kl closed_form_kl dual_step adapt first_aid
-"""
-
-
-def test_the_mathematics_is_copied_alone():
-    """Its text runs by itself, and imports math, torch and collections.abc only."""
-    text = re.search(r"(?ms)^from __future__.*?(?=^# =+ imports of the program$)", SOURCE)[0]
-    imports = set(re.findall(r"(?m)^\s*(?:from|import) (\S+)", text))
-    assert imports == {"__future__", "math", "torch", "collections.abc"}
-    namespace = {}
-    exec(text, namespace)
-    assert set(FUNCTIONS.split()) <= namespace.keys()
-
-
-def names_in(code):
-    """The names that code, and the code inside it, asks the module for; annotations are none."""
-    names = {
-        x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-    }
-    return names.union(*(names_in(x) for x in code.co_consts if inspect.iscode(x)))
-
-
-def test_nothing_is_used_above_its_definition():
-    """A class or function asks for names that stand above it, or for its own."""
-    above = {*dir(builtins), "__annotations__"}
-    for statement in ast.parse(SOURCE).body:
-        code = compile(ast.Module([statement], []), "trqam.py", "exec")
-        above.update(x.argval for x in dis.get_instructions(code) if x.opname == "STORE_NAME")
-        assert names_in(code) <= above, f"line {statement.lineno}: {names_in(code) - above}"
+    """Normals, and uniform flow times, all independent."""
+    noise = golden_agent().draw_noise(9999, torch.Generator().manual_seed(5))
+    noise["t_flow"] = (noise["t_flow"] - 0.5) * math.sqrt(12)
+    columns = torch.cat([x.movedim(-2, 0).flatten(1) for x in noise.values()], 1)
+    assert_close(columns.T @ columns / 9999, torch.eye(29), rtol=0, atol=0.06)
 
 
 SCRIPT = Path(trqam.__file__).resolve()
@@ -729,38 +587,27 @@ def tiny(text="") -> trqam.Config:
     return trqam.parse(f"{TINY} {text}".split())
 
 
-def fork(args, screen, prepare):
-    """trqam.py in a forked process, its output piped into a file; the process id."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system can't fork")
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.setsid()
-            sys.stdout = sys.stderr = open(screen, "w")  # noqa: SIM115
-            sys.argv = [str(SCRIPT), *args]
-            prepare()
-            code = trqam.main()
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return pid
+def child(args, screen, prepare):
+    """trqam.py, its output piped into a file."""
+    os.setsid()
+    sys.stdout = sys.stderr = open(screen, "w")  # noqa: SIM115
+    sys.argv = [str(SCRIPT), *args]
+    prepare()
+    sys.exit(trqam.main())
 
 
 def running(args, code=0, screen="screen", prepare=lambda: None):
     """A run, for `together`; it has to end with the code and to leave no process."""
-    pid = fork(args, screen, prepare)
-    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+    process = multiprocessing.get_context("fork").Process(
+        target=child, args=(args, screen, prepare)
+    )
+    process.start()
+    while process.is_alive():
         yield
-    assert os.waitstatus_to_exitcode(done[1]) == code, Path(screen).read_text()
+    assert process.exitcode == code, Path(screen).read_text()
     with suppress(ProcessLookupError):
         while True:
-            os.killpg(pid, 0)
+            os.killpg(process.pid, 0)
             yield
 
 
@@ -799,15 +646,6 @@ def read_csv(path) -> list[dict]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def plain(x):
-    """Tensors as lists, so that == compares all to the bit and pytest shows what differs."""
-    if isinstance(x, dict):
-        return {k: plain(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [plain(v) for v in x]
-    return x.tolist() if isinstance(x, torch.Tensor) else x
-
-
 def contents(run_dir) -> dict:
     """All of a run that is the same to the bit in a run like it: all but times and places."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
@@ -818,7 +656,7 @@ def contents(run_dir) -> dict:
         assert float(row.pop("seconds")) > 0
     for name in ("run_dir", "dataset_dir", "resume", "save_minutes"):
         saved["config"].pop(name)
-    return plain(saved)
+    return json.loads(json.dumps(saved, default=torch.Tensor.tolist))
 
 
 def files(folder) -> dict:
@@ -837,7 +675,7 @@ def finished(tmp_path_factory):
 # ======================================================================================= replay
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(1, 5))
+@given(lists(integers(1, 9), min_size=1, max_size=9), integers(1, 5))
 def test_batches_are_the_chunks_within_episodes(lengths, H):
     """Every window of H steps in an episode, no other; Σ γ^i r_i, the smallest mask, the box."""
     assume(max(lengths) >= H)
@@ -855,16 +693,14 @@ def test_batches_are_the_chunks_within_episodes(lengths, H):
     buffer.add(data)
     batch = buffer.sample(3000, torch.Generator().manual_seed(0))
     window = batch["obs"].int().numpy() + np.arange(H)
-    episode = np.searchsorted(ends, n, side="right")
-    inside = [i for i in n[: len(n) - H + 1] if episode[i] == episode[i + H - 1]]
-    assert set(window[:, 0]) == set(inside)
+    starts = [range(end - n, end - H + 1) for n, end in zip(lengths, ends, strict=True)]
+    assert set(window[:, 0]) == set(itertools.chain(*starts))
     expected = {
         "next_obs": window[:, -1:] + 1,
-        "actions": np.stack([window, -window], 2).reshape(3000, -1) / 40,
+        "actions": data["actions"][window].clip(-0.99999, 0.99999).reshape(3000, -1),
         "rewards": window @ 0.9 ** np.arange(H),
-        "masks": (window % 7).all(1),
+        "masks": data["masks"][window].all(1),
     }
-    expected["actions"] = expected["actions"].clip(-0.99999, 0.99999)
     for name, values in expected.items():
         np.testing.assert_allclose(batch[name], values, rtol=1e-6, err_msg=name)
 
@@ -891,10 +727,12 @@ class Corridor(gymnasium.Env):
 
 @pytest.mark.parametrize("i", range(6))
 def test_play_yields_what_happens(i):
-    """Chunks open loop; only a solved episode has mask 0: one that is cut is not over."""
-    agent = trqam.Agent(SMALL, 28, 5)
+    """By the episode's seed; chunks open loop; mask 0 if solved: an episode that is cut goes on."""
+    agent = trqam.Agent(replace(SMALL, seed=5), 28, 5)
     env = Corridor()
-    steps = [step for step, _ in trqam.play(agent, env, trqam.PERIODIC, i)]
+    steps = [step for step, _ in trqam.play(agent, env, trqam.ONLINE, i)]
+    assert env.seed == trqam.seed_of(trqam.ONLINE, 5, i)
+    assert env.luck == np.random.RandomState(env.seed).random_sample()
     noise = torch.Generator().manual_seed(env.seed)
     chunks = [agent.act(np.full(28, n), noise) for n in (0, 2, 4, 6)]
     actions = [step["actions"] for step in steps]
@@ -911,30 +749,13 @@ def test_evaluation_averages_the_episodes():
     row = trqam.evaluate(trqam.Agent(SMALL, 28, 5), Corridor(), 10, trqam.FINAL)
     p = np.mean([trqam.seed_of(trqam.FINAL, 0, i) % 2 for i in range(10)])
     assert 0 < p < 1
-    assert (row["success"], row["stderr"]) == pytest.approx((p, math.sqrt(p * (1 - p) / 9)))
-    assert (row["mean_return"], row["mean_length"], row["episodes"]) == (-28, 7, 10)
+    expected = {"success": p, "stderr": math.sqrt(p * (1 - p) / 9), "episodes": 10}
+    assert row == pytest.approx(expected | {"mean_return": -28, "mean_length": 7})
 
 
-def test_every_episode_has_seeds_of_its_own():
-    """Of environment, numpy and noise: by --seed, stream and number, whatever came before."""
-
-    def start(seed, stream, i):
-        agent = trqam.Agent(replace(SMALL, seed=seed), 28, 5)
-        env = Corridor()
-        step, _ = next(trqam.play(agent, env, stream, i))
-        return env.seed, env.luck, tuple(step["actions"])
-
-    streams = (trqam.PERIODIC, trqam.FINAL, trqam.ONLINE)
-    keys = list(itertools.product((0, 1), streams, range(5)))
-    starts = [start(*key) for key in keys]
-    for column in zip(*starts, strict=True):
-        assert len(set(column)) == len(keys)
-    assert [start(*key) for key in reversed(keys)] == starts[::-1]
-
-
-def test_seeds_are_injective():
-    """Keys that differ, if only by a 0 at the end, have different seeds."""
-    keys = [key for n in (1, 2, 3, 4) for key in itertools.product((0, 1, 50), repeat=n)]
+def test_every_episode_has_a_seed_of_its_own():
+    """By stream, --seed and number."""
+    keys = list(itertools.product(range(4), range(3), range(50)))
     assert len({trqam.seed_of(*key) for key in keys}) == len(keys)
 
 
@@ -942,8 +763,10 @@ def test_episodes_do_not_depend_on_what_was_played_before():
     """A used environment plays an episode as a new one, which OGBench's reset does not give."""
     agent = trqam.Agent(SMALL, 28, 5)
     env = gymnasium.make("cube-single-singletask-task1-v0", max_episode_steps=20)
-    episodes = [list(trqam.play(agent, env, trqam.FINAL, 0)) for _ in range(3)]
-    ends = {tuple(steps[-1][0]["next_observations"]) for steps in episodes}
+    ends = set()
+    for _ in range(3):
+        *_, (last, _) = trqam.play(agent, env, trqam.FINAL, 0)
+        ends.add(tuple(last["next_observations"]))
     assert len(ends) == 1
 
 
@@ -966,16 +789,12 @@ def played(monkeypatch):
 def test_which_episodes_are_played(played):
     """Ends of phases: final ones, between: periodic ones; online each once; all in the task."""
     text = "--pretrain-steps 4 --offline-steps 4 --online-steps 20 --online-start 5"
-    cfg = tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3")
-    trqam.train(cfg)
+    trqam.train(tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3"))
     env = "cube-single-singletask-task1-v0"
     expected = {(env, trqam.FINAL, i): 3 for i in range(3)}
     expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
     expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
     assert Counter(played) == expected
-    rows = read_csv(cfg.checkpoint.with_name("eval.csv"))
-    finals = [row["step"] for row in rows if row["final"] == "1"]
-    assert finals == ["4", "8", "28"] and len(rows) == 10
 
 
 @pytest.mark.parametrize("flag, solved", [("--task 1", 0), ("--task 2", 4), ("", 4)])
@@ -998,8 +817,7 @@ def test_oracles_are_set_as_the_authors_did(domain, monkeypatch):
     monkeypatch.setattr(trqam, "collect_episode", seen)
     monkeypatch.setattr(signal, "signal", MagicMock())
     trqam.collect_share(domain, ["key"], MagicMock())
-    env, oracles, *rest = seen.call_args.args
-    assert rest == [domain, "key"] and env._mode == "data_collection"
+    oracles = seen.call_args.args[1]
     for oracle in oracles.values():
         assert (oracle._noise, oracle._noise_smoothing) == (0.1, 0.5)
     assert oracles["button"]._gripper_always_closed == (domain == "puzzle-3x3")
@@ -1011,62 +829,44 @@ STACKING += ",scene 0.5 0.5,puzzle-3x3 0.5 0.5"
 
 @pytest.mark.parametrize("row", STACKING.split(","))
 def test_episodes_are_collected_as_the_authors_did(row):
-    """Each state is the one before the step; a scene that loses its cube is done again."""
+    """The probability to stack; a scene that loses its cube is done again."""
     domain, low, high = row.split()
-
-    def step(n):
-        qpos = np.full(21, 0.3)
-        qpos[0] = n
-        qpos[16] -= n == 500
-        return np.full(3, n + 1), 0, 0, 0, {"privileged/target_task": "x", "prev_qpos": qpos}
-
+    held = np.full(21, 0.3)
+    fallen = held - 0.49 * (np.arange(21) == 16)
+    thrown = held + 0.51 * (np.arange(21) == 14)
+    info = {"privileged/target_task": "x"}
     env = MagicMock(_workspace_bounds=np.array([[0.25, -0.35, 0.02], [0.6, 0.35, 0.35]]))
-    env.reset.return_value = step(-1)[::4]
-    env.set_new_target.return_value = step(-1)[::4]
-    env.step.side_effect = map(step, itertools.count())
-    oracle = MagicMock(done=False)
-    oracle.select_action.return_value = np.full(5, 1.5)
-    episode = trqam.collect_episode(env, {"x": oracle}, domain, (0, 0, 7))
+    env.reset.return_value = env.set_new_target.return_value = (0, info)
+    states = [fallen, *[held] * 1000, thrown, *[held] * 2001]
+    env.step.side_effect = [(0, 0, 0, 0, info | {"prev_qpos": qpos}) for qpos in states]
+    trqam.collect_episode(env, {"x": MagicMock(done=False)}, domain, (0, 0, 7))
     seeds = [how["seed"] for _, how in env.reset.call_args_list]
-    assert len(set(seeds)) == 1 + (domain == "scene")
-    states = np.arange(1001) + 1001 * (domain == "scene")
-    np.testing.assert_array_equal(episode["qpos"][:, 0], states)
-    np.testing.assert_array_equal(episode["observations"][1:, 0], states[1:])
-    assert (episode["actions"] == 1).all() and episode["terminals"].nonzero()[0] == [1000]
+    assert len(set(seeds)) == (3 if domain == "scene" else 1)
     p_stack = np.random.RandomState(seeds[-1]).uniform(float(low), float(high))
     assert env.set_new_target.call_args.kwargs["p_stack"] == pytest.approx(p_stack)
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """Two runs that start at once on one empty folder; data collected by two workers, beside."""
-    folder = tmp_path_factory.mktemp("shared")
-    text = f"{TINY} --data scripted --transitions 1000 --offline-steps 0 --dataset-dir {folder}"
-    runs = [f"{folder}/a", f"{folder}/b"]
-    together(*(running([*text.split(), "--run-dir", run], 0, f"{run}.screen") for run in runs))
-    cfg = replace(tiny(f"--run-dir {folder}/none"), transitions=1000, workers=2)
-    trqam.collect(cfg, folder / "two.npz")
-    return folder
+def test_two_runs_on_one_empty_folder():
+    """One collects, the other says that it waits: both train the same, on data as they should be.
 
-
-def test_two_runs_on_one_empty_folder(shared):
-    """One collects; the other says that it waits, and takes the same data; both train the same."""
-    screens = (shared / "a.screen").read_text() + (shared / "b.screen").read_text()
-    assert screens.count("collecting") == screens.count("waiting for another process") == 1
-    assert contents(shared / "a") == contents(shared / "b")
-    assert len(list(shared.glob("cube*"))) == 2
-
-
-def test_collected_data(shared):
-    """The same by one and by two workers; held-out episodes are others; states and obs agree."""
+    The data depend on no number of workers, held-out episodes are others, states fit observations.
+    """
+    text = f"{TINY} --data scripted --transitions 1000 --offline-steps 0 --dataset-dir data"
+    runs = [running([*text.split(), f"--run-dir={run}"], 0, f"{run}.screen") for run in "ab"]
+    together(*runs)
+    told = Path("a.screen").read_text() + Path("b.screen").read_text()
+    assert told.count("collecting") == told.count("waiting for another process") == 1
+    assert contents(Path("a")) == contents(Path("b"))
+    trqam.collect(replace(tiny(), transitions=1000, workers=2), Path("two.npz"))
     first_actions = set()
     for end in (".npz", "-val.npz"):
-        one = np.load(shared / f"cube-single-play-scripted-seed0-1k{end}")
-        two = np.load(shared / f"two{end}")
+        one = np.load(f"data/cube-single-play-scripted-seed0-1k{end}")
+        two = np.load(f"two{end}")
         assert set(one) == {"observations", "actions", "terminals", "qpos", "qvel"}
         for name in one:
             np.testing.assert_array_equal(one[name], two[name])
         np.testing.assert_allclose(one["observations"][:, :6], one["qpos"][:, :6], atol=1e-6)
+        assert np.abs(one["actions"]).max() <= 1 and one["terminals"].nonzero()[0] == [1000]
         first_actions.add(tuple(one["actions"][0]))
     assert len(first_actions) == 2
 
@@ -1105,21 +905,19 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host that does not answer yet; patience with it is five times shorter."""
+    """A host; patience with it is five times shorter."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
     url = f"http://127.0.0.1:{server.server_port}/host"
     monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     patience(None)
 
 
-@pytest.mark.parametrize("kind", ["silent", "absent"])
-def test_data_are_collected_where_no_host_answers(kind, host, played, monkeypatch, capsys):
+def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
     """And a run that began with them goes on with them, whatever else has come."""
-    if kind == "absent":
-        host.server_close()
     monkeypatch.setattr(trqam, "collect", lambda cfg, path: write_dataset("data", path.stem))
     trqam.train(tiny("--dataset-dir data --offline-steps 0"))
     assert "going on with data of OGBench's scripted oracles" in capsys.readouterr().out
@@ -1137,7 +935,6 @@ def test_data_that_come_in_part_are_an_error(folder, parts, pause, text, host):
     write_dataset(folder)
     host.parts = parts
     host.pause = pause
-    threading.Thread(target=host.serve_forever, daemon=True).start()
     cfg = tiny("--dataset-dir data")
     with pytest.raises(OSError, match=text):
         trqam.prepare_data(cfg)
@@ -1175,23 +972,6 @@ def test_data_that_can_not_be_read_are_not_damaged(kind, monkeypatch):
         trqam.load_data(tiny())
 
 
-def test_data_are_in_memory_once(monkeypatch):
-    """Beside the buffers no array of the dataset lives on."""
-    read = ogbench.utils.load_dataset
-    arrays = []
-
-    def spy(*args, **options):
-        data = read(*args, **options)
-        arrays.extend(map(weakref.ref, data.values()))
-        return data
-
-    monkeypatch.setattr(ogbench.utils, "load_dataset", spy)
-    loaded = trqam.load_data(tiny())
-    gc.collect()
-    assert len(loaded) == 4 and len(arrays) == 10
-    assert {array() for array in arrays} == {None}
-
-
 # ========================================================================================= runs
 
 
@@ -1201,19 +981,14 @@ def test_run_end_to_end(finished):
     assert [int(row["step"]) for row in train] == [*range(5, 41, 5), *range(70, 101, 5)]
     phases = Counter(row["phase"] for row in train)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
-    assert train[0]["lam"] == "" and 0 < float(train[4]["lam"]) <= 3
     evaluated = [row["step"] + row["phase"] for row in read_csv(finished / "eval.csv")]
     assert evaluated == ["20pretrain", "40offline", "53online", "86online", "100online"]
     summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
     config = json.loads((finished / "config.json").read_text())
-    assert (config["online_steps"], config["torch_build"]) == (60, torch.__version__)
-    assert config["data_used"]["transitions"] == 150
-
-    saved = trqam.load_checkpoint(finished / "checkpoint.pt")
-    assert saved["config"]["data"] == "ogbench"
-    assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
-    assert saved["online"]["masks"].all()  # the episodes were cut, not solved
+    assert (config["data"], config["data_used"]["transitions"]) == ("ogbench", 150)
+    online = trqam.load_checkpoint(finished / "checkpoint.pt")["online"]
+    assert online["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
     *_, held_out, _ = trqam.load_data(tiny())
     fixed = torch.Generator().manual_seed(0)
@@ -1276,48 +1051,38 @@ def test_checkpoint_of_a_finished_run_is_of_its_end(played):
     assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 50
 
 
-KILLS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
-    60: "pretrain_update 7, save 2, update 3, write_csv 3, save 2, evaluate 2, update 9,"
-    " write_csv 5, save 2",
-    0: "save 5, pretrain_update 13, update 12, save 1, update 30",
+STOPS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
+    60: "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3, TERM save 2,"
+    " KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
+    0: "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12, KILL save 1,"
+    " TERM update 30",
 }
 
 
-def test_resume_is_exact_after_sigkill_in_every_phase(finished):
-    """Killed 14 times, also while a checkpoint is written, a run ends as if it had not been."""
+def test_stopped_runs_end_as_if_they_had_not_been(finished):
+    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on."""
 
-    def run(minutes, moments):
-        folder = Path(f"run{minutes}")
+    def run(minutes, stops):
+        folder = Path(f"run {minutes}")
         screen = Path(f"screen{minutes}")
-        args = f"{TINY} {ONLINE} --save-minutes {minutes} --run-dir {folder} --resume".split()
-        for moment in moments.split(","):
-            kill = partial(strike, moment, signal.raise_signal, signal.SIGKILL)
-            yield from running(args, -signal.SIGKILL, screen, kill)
-            assert "data: source" in screen.read_text()  # printed at once, though piped
+        args = f"{TINY} {ONLINE} --save-minutes {minutes} --resume --run-dir".split()
+        args.append(str(folder))
+        for stop in stops.split(", "):
+            name, moment = stop.split(maxsplit=1)
+            number = signal.Signals[f"SIG{name}"]
+            code = -number if name == "KILL" else 128 + number
+            action = partial(signal.raise_signal, number)
+            yield from running(args, code, screen, partial(strike, moment, action))
+            text = screen.read_text()
+            assert "data: source" in text  # printed at once, though piped
+            if name != "KILL":
+                python, script, *args = shlex.split(re.search("to go on: (.*)", text)[1])
+                assert (python, script) == (sys.executable, str(SCRIPT))
         yield from running(args, 0, screen)
         assert contents(folder) == contents(finished)
         assert not list(folder.glob("*.tmp"))
 
-    together(*itertools.starmap(run, KILLS.items()))
-
-
-STOPS = {7: "pretrain_update 8", 19: "evaluate 1", 25: "update 6", 80: "update 32"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_runs_go_on_by_the_command_they_name(number, finished):
-    """Ctrl-C and SIGTERM end at once, with one line; its command goes on, exactly."""
-    args = [*f"{TINY} {ONLINE} --run-dir".split(), "a run"]
-    for step, moment in STOPS.items():
-        stop = partial(strike, moment, signal.raise_signal, number)
-        together(running(args, 128 + number, "screen", stop))
-        line = Path("screen").read_text().splitlines()[-1]
-        pattern = rf"trqam.py: stopped; .* of step {step}; to go on: (.*)"
-        assert re.fullmatch(pattern, line), line
-        python, script, *args = shlex.split(re.fullmatch(pattern, line)[1])
-        assert (python, script) == (sys.executable, str(SCRIPT))
-    together(running(args))
-    assert contents(Path("a run")) == contents(finished)
+    together(*itertools.starmap(run, STOPS.items()))
 
 
 def test_resume_lengthens_a_run(finished):
@@ -1342,7 +1107,7 @@ def test_resume_takes_the_settings_of_the_run(finished, capsys):
 
 
 OTHER = "env scene,task 3,scale paper,seed 3,width 17,layers 3,critics 3,flow_layer_norm,chunk 4"
-OTHER += ",frozen_base,pretrain_steps 21,data scripted,transitions 9,data_seed 1"
+OTHER += ",frozen_base,pretrained flow.pt,pretrain_steps 21,data scripted,transitions 9,data_seed 1"
 
 
 @pytest.mark.parametrize("name", trqam.FIXED)
@@ -1354,12 +1119,10 @@ def test_resume_refuses_what_can_not_change(name, finished):
 
 
 def test_resume_refuses_other_data(finished):
-    """The checkpoint knows the data of its run, which stays as it was."""
-    shutil.copytree(finished, RUN)
+    """The checkpoint knows the data of its run."""
     write_dataset("data", qpos=np.zeros((153, 21)))
     with pytest.raises(ValueError, match="expected the run's data, got other ones"):
-        trqam.train(tiny(f"{ONLINE} --resume --dataset-dir data"))
-    assert files(RUN) == files(finished)
+        trqam.train(tiny(f"{ONLINE} --resume --dataset-dir data --run-dir {finished}"))
 
 
 class Evil:
@@ -1369,15 +1132,13 @@ class Evil:
         return open, ("owned", "w")
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", "half", {"format": 0}, [1, 2], Evil()])
+@pytest.mark.parametrize("content", [0, 20000, {"format": 0}, [1, 2], Evil()])
 def test_checkpoints_that_are_none_are_refused(content, finished):
-    """Damaged, cut, of another version or crafted: they run nothing, and stay as they are."""
+    """Cut, of another version or crafted: they run nothing, and stay as they are."""
     path = RUN / "checkpoint.pt"
     shutil.copytree(finished, RUN)
-    if content == "half":
-        os.truncate(path, path.stat().st_size // 2)
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
+    if isinstance(content, int):
+        os.truncate(path, content)
     else:
         torch.save(content, path)
     before = files(RUN)
@@ -1386,6 +1147,70 @@ def test_checkpoints_that_are_none_are_refused(content, finished):
             use(path)
     call("--resume", 1)
     assert files(RUN) == before and not Path("owned").exists()
+
+
+@pytest.mark.parametrize("content", [Evil(), {"agent": Evil()}, {"agent": {}}, np.load, []])
+def test_pretrained_flows_that_are_none_are_refused(content):
+    """They run nothing, as do files of other kinds and checkpoints that are crafted."""
+    Path("flow.pkl").write_bytes(pickle.dumps(content))
+    torch.save(content, "flow.pt")
+    write_dataset(".", "flow")
+    for name in ("flow.pkl", "flow.pt", "flow.npz"):
+        with pytest.raises(OSError, match=r"expected a .*, got"):
+            trqam.load_flow(Path(name))
+    assert not Path("owned").exists()
+
+
+def authors_flow(norm):
+    """Layers of a flow as the authors' pretraining writes them, two hidden ones of 8."""
+    layers = {}
+    for i, (n_in, n_out) in enumerate([(54, 8), (8, 8), (8, 25)]):
+        kernel = wave(3 * i, 0.4, n_in, n_out).numpy()
+        layers[f"Dense_{i}"] = {"kernel": kernel, "bias": kernel[0]}
+        if norm and i < 2:
+            layers[f"LayerNorm_{i}"] = {"scale": 1 + kernel[1], "bias": kernel[2]}
+    return layers
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_flow_of_the_authors_acts_as_by_hand(norm):
+    """Its pickle gives the sizes and, without jax, the velocity."""
+    layers = authors_flow(norm)
+    for nested in (layers, {"mlp": layers}):
+        tree = {"agent": {"network": {"params": {"modules_actor_slow": nested}}}}
+        Path("params.pkl").write_bytes(pickle.dumps(tree))
+        cfg = configure("--scale laptop --device cpu --pretrained params.pkl")
+        sizes = (cfg.width, cfg.layers, cfg.flow_layer_norm, cfg.pretrain_steps)
+        assert sizes == (8, 2, norm, 0)
+        agent = trqam.Agent(cfg, 28, 5).double()
+        trqam.start_from(agent, Path("params.pkl"))
+        inputs = [wave(1, 1, 6, 28), wave(2, 1, 6, 25), wave(3, 1, 6, 1)]
+        x = torch.cat(inputs, -1)
+        for i in range(3):
+            x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+            if i < 2:
+                x = torch.nn.functional.gelu(x, approximate="tanh")
+            if norm and i < 2:
+                x = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
+                x = x * layers[f"LayerNorm_{i}"]["scale"] + layers[f"LayerNorm_{i}"]["bias"]
+        assert_close(agent.base(*inputs), x)
+    wider = trqam.Agent(replace(cfg, width=9), 28, 5)
+    with pytest.raises(ValueError, match=r"(?s)run's sizes in params.pkl.*\[54, 8\].*\[54, 9\]"):
+        trqam.start_from(wider, Path("params.pkl"))
+
+
+def test_pretrained_flow_replaces_pretraining():
+    """Of another task's run; it is asked for once, and then learns as if it were the run's own."""
+    call("--task 3 --offline-steps 0 --run-dir first")
+    screen = call("--pretrain-steps 0 --pretrained first/checkpoint.pt --offline-steps 0")
+    assert "evaluation at step 0: success" in screen
+    first, run = (trqam.load_checkpoint(x / "checkpoint.pt")["agent"] for x in (Path("first"), RUN))
+    assert all(torch.equal(x, run[name]) for name, x in first.items() if "critic" not in name)
+    shutil.rmtree("first")
+    call("--resume --pretrain-steps 0 --offline-steps 20")
+    run = trqam.load_checkpoint(RUN / "checkpoint.pt")["agent"]
+    for name in ("base", "policy", "critic"):
+        assert not torch.equal(run[f"{name}.weights.0"], first[f"{name}.weights.0"])
 
 
 def test_second_process_in_a_run_folder_is_refused():
@@ -1417,11 +1242,9 @@ def test_checkpoint_within_pretraining_acts_by_the_flow(played, monkeypatch):
     with pytest.raises(SystemExit):
         trqam.train(tiny())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
-    acts = []
-    for network in (agent.policy, agent.base, trqam.Agent(agent.cfg, 28, 5).base):
-        agent.policy = network
-        acts.append(agent.act(np.ones(28), torch.Generator().manual_seed(0)).tolist())
-    assert acts[0] == acts[1] != acts[2]
+    fresh = trqam.Agent(agent.cfg, 28, 5)
+    assert torch.equal(vector_of(agent.policy), vector_of(agent.base))
+    assert not torch.equal(vector_of(agent.policy), vector_of(fresh.policy))
 
 
 def test_full_disk_is_told_before_the_first_update():
@@ -1434,11 +1257,16 @@ def test_full_disk_is_told_before_the_first_update():
 # ================================================================================= command line
 
 MISTAKES = r"""
-2  --env cube-sinlge                        expected --env to be one of .*cube-double
+2  --env cube-sinlge                        expected --env to be one of .*cube-single, cube-double
+2  --env visual-cube-single-play-singletask-v0  expected --env to be one of
+2  --env scene-play-singletask-v0 --task 3  expected the --task of scene.*, got 3; give one of
+2  --env cube-single-play-singletask-task2-v0 --task 3  expected the --task of cube.*, got 3; give
 2  --gama 0.9                               --gama
-2  --batch many                             many
+2  --batch 1.5                              --batch
+2  --scale huge                             --scale
 2  --gamma 1.5                              expected --gamma in \[0, 1\], got 1.5
-2  --env scene-play-singletask-v0 --task 3  expected the --task of scene.*, got 3
+2  --device abacus                          expected a device that is there, got abacus
+2  --device cuda:99                         a device that is there, got cuda:99; use --device cpu
 2  --env humanoidmaze-teleport              expected an --env that OGBench can build, got human
 2  --env antmaze-large --data scripted      expected a cube, scene or puzzle play set, got antm
 1  --env antmaze-large                      refused.*put antm.*-v0.npz and .*-val.npz into /.*data
@@ -1481,12 +1309,10 @@ def test_file_runs_alone():
 
 def test_dependencies_are_those_of_the_project():
     """The header for `uv run` and pyproject.toml name the same packages."""
-    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
-    header = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.M | re.S)
-    script = tomllib.loads(re.sub("^# ?", "", header[1], flags=re.M))
-    project = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["project"]
-    assert sorted(script["dependencies"]) == sorted(project["dependencies"])
-    assert script["requires-python"] == project["requires-python"]
+    header = SCRIPT.read_text().split("# ///")[1]
+    project = SCRIPT.with_name("pyproject.toml").read_text().split("[project")[1]
+    for pattern in (r'"(\w+>=.+)"', "requires-python = (.*)"):
+        assert sorted(re.findall(pattern, header)) == sorted(re.findall(pattern, project))
 
 
 # =============================================================================== README, video
@@ -1507,22 +1333,25 @@ def test_readme_acts_with_a_trained_policy(finished):
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
-class Lamp(Corridor):
-    """As bright as the step is late, a bit more in an episode that is solved."""
+def test_the_mathematics_is_copied_alone():
+    """Its text runs by itself, and imports math, torch and collections.abc only."""
+    script = SCRIPT.read_text()
+    text = re.search(r"(?ms)^from __future__.*?(?=^# =+ imports of the program$)", script)[0]
+    imports = set(re.findall(r"(?m)^\s*(?:from|import) (\S+)", text))
+    assert imports == {"__future__", "math", "torch", "collections.abc"}
+    copied = {}
+    exec(text, copied)
+    assert {"schedule", "first_aid"} <= copied.keys()
 
-    def render(self):
-        return np.full((16, 16, 3), 30 * self.n + self.seed % 2 * 20, np.uint8)
 
-
-def test_video_shows_the_episodes_as_played(finished, monkeypatch):
-    """Every second step of the first three episodes of the final evaluation."""
-    make = MagicMock(return_value=Lamp())
-    monkeypatch.setattr(gymnasium, "make", make)
+def test_video_shows_final_episodes(finished, played, monkeypatch):
+    """Every second step of the first three."""
+    env = MagicMock()
+    env.render.return_value = np.zeros((16, 16, 3), np.uint8)
+    monkeypatch.setattr(trqam, "make_env", MagicMock(return_value=env))
     trqam.render_video(finished / "checkpoint.pt", Path("video.gif"))
-    odd = [trqam.seed_of(trqam.FINAL, 0, i) % 2 for i in range(3)]
-    expected = [30 * n + 20 * bit for bit in odd for n in range(1, 8)]
-    assert [frame[0, 0, 0] for frame in imageio.mimread("video.gif")] == expected[::2]
-    assert make.call_args.kwargs["render_mode"] == "rgb_array"
+    assert played == [(env.spec.id, trqam.FINAL, i) for i in range(3)]
+    assert env.render.call_count == 11 and Path("video.gif").exists()
 
 
 def test_video_without_opengl_says_so(finished):
