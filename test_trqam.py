@@ -1431,6 +1431,40 @@ def test_full_disk_is_told_before_the_first_update():
     assert not {"train.csv", "checkpoint.pt"} & set(files(RUN))
 
 
+WALK = "--scale paper --device cpu --width 16 --layers 2 --batch 8 --pretrain-steps 1"
+WALK += " --offline-steps 1 --final-episodes 1 --dataset-dir data --run-dir task"
+
+
+@pytest.mark.parametrize("domain", [row[0] for row in ROWS[:10]])
+def test_all_tasks_of_the_paper_walk(domain, monkeypatch):
+    """Random data, an update of each phase and an episode of 12 steps after it, in every task."""
+    cfg = configure(f"--env {domain} {WALK}")
+    make = gymnasium.make
+    env = make(re.sub("-(play|navigate)-", "-", cfg.env), max_episode_steps=12)
+    monkeypatch.setattr(gymnasium, "make", lambda name, **_: env)
+    world = env.unwrapped
+    rng = np.random.default_rng(0)
+    write_dataset(
+        "data",
+        re.sub("-singletask", "", cfg.env),
+        observations=rng.normal(size=(153, *env.observation_space.shape)),
+        actions=rng.uniform(-1, 1, (153, *env.action_space.shape)),
+        qpos=rng.normal(size=(153, world.model.nq)),
+        button_states=rng.integers(0, 2, (153, getattr(world, "_num_buttons", 0))),
+    )
+    for task in (1, 2, 3, 4, 5):
+        cfg = configure(f"--env {domain} --task {task} {WALK}{task}")
+        spec = gymnasium.spec(re.sub("-(play|navigate)-", "-", cfg.env))
+        world._reward_task_id = spec.kwargs["reward_task_id"]
+        trqam.train(cfg)
+        assert world.cur_task_id == task
+        rows = read_csv(cfg.checkpoint.with_name("eval.csv"))
+        assert [(row["phase"], row["mean_length"]) for row in rows] == [
+            ("pretrain", "12.0"),
+            ("offline", "12.0"),
+        ]
+
+
 # ================================================================================= command line
 
 MISTAKES = r"""
