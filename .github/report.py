@@ -175,19 +175,21 @@ def missing(cell: list[Run], tasks: set, seeds: set) -> str:
     lacking = set(product(tasks, seeds)) - {(run.task, run.seed) for run in cell}
     wholes = {f"seed {s}": {(t, s) for t in tasks} for s in sorted(seeds)}
     wholes |= {f"task {t}": {(t, s) for s in seeds} for t in sorted(tasks)}
-    texts = []
-    for name, pairs in wholes.items():
-        if pairs <= lacking:
-            lacking -= pairs
-            texts.append(name)
-    return ", ".join(texts + [f"task {t} of seed {s}" for t, s in sorted(lacking)])
+    texts = [name for name, pairs in wholes.items() if pairs <= lacking]
+    rest = lacking.difference(*(wholes[name] for name in texts))
+    return ", ".join(texts + [f"task {t} of seed {s}" for t, s in sorted(rest)])
 
 
 def summarize(runs: list[Run], seeds: set, notes: list) -> list[dict]:
     """Lines of domains, of their tasks, and of the runs of those; notes what they lack."""
     lines = []
-    for domain, method in sorted({(run.domain, run.method) for run in runs}, key=place):
+    found = {(run.domain, run.method) for run in runs}
+    both = {method for _, method in found} & PAPER["scene"].keys()  # expected in every domain
+    for domain, method in sorted(found | {(d, m) for d, _ in found for m in both}, key=place):
         cell = [run for run in runs if (run.domain, run.method) == (domain, method)]
+        if not cell:
+            notes.append(f"{domain} {method}: no finished run")
+            continue
         tasks = {run.task for run in runs if run.domain == domain and run.method != "pretrained"}
         if method == "pretrained":  # one flow for all tasks
             tasks = {run.task for run in cell}

@@ -57,6 +57,7 @@ def main() -> int:
         for task, method in itertools.product(args.tasks, args.methods):
             folder = args.root.resolve() / domain / method / f"task{task}" / f"seed{seed}"
             own = ["--task", str(task), "--pretrained", str(base / "checkpoint.pt")]
+            own += ["--pretrain-steps", "0"]
             runs[start(folder, [*common, *own, *METHODS[method]], cloned)] = folder
     failed = 0
     waiting = list(runs)
