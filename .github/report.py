@@ -40,9 +40,9 @@ DEFAULT_TASK = {"maze": 1, "soccer": 4, "cube": 2, "scene": 2, "puzzle-4x[56]": 
 # settings in which the runs of a cell may differ
 OWN = {"env", "task", "seed", "kl_budget", "run_dir", "resume", "pretrained", "device", "workers"}
 OWN |= {"dataset_dir", "data_used", "versions", "torch_build", "threads", "command", "save_minutes"}
-COLUMNS = "level domain method task seed success std low high paper paper_std runs episodes"
-COLUMNS += " path_kl kl_budget missing folder"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, csv.Error)  # what reading such files raises
+COLUMNS = "level domain method task seed success std low high pretrained paper paper_std runs"
+COLUMNS += " episodes path_kl kl_budget missing folder"
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)  # what is raised
 
 
 @dataclass
@@ -58,6 +58,12 @@ class Run:
     success: float
     episodes: int
     curves: dict
+
+    @property
+    def kl(self) -> float | None:
+        """Mean path KL over the last third of the updates."""
+        curve = self.curves["path_kl"]
+        return mean(y for x, y in curve.items() if x > max(curve) * 2 / 3) if curve else None
 
 
 def read_rows(path: Path, *names: str) -> list[list]:
@@ -80,25 +86,25 @@ def method_of(config: dict) -> str:
 def read_run(folder: Path, notes: list) -> Run:
     """A run from its files. Raises DAMAGED, or EOFError where it is unfinished."""
     config = json.loads((folder / "config.json").read_text())
-    name, _, task = config["env"].removesuffix("-v0").partition("-singletask")
-    domain = re.sub("-(play|navigate)$", "", name)
-    default = next(n for pattern, n in DEFAULT_TASK.items() if re.search(pattern, domain))
+    data, _, task = config["env"].removesuffix("-v0").partition("-singletask")
+    domain = re.sub("-(play|navigate)$", "", data)
+    default = next((n for name, n in DEFAULT_TASK.items() if re.search(name, domain)), None)
     start = config["pretrain_steps"]
     end = start + config["offline_steps"] + config["online_steps"]
-    rows = [[0, 0, 0, 0]]
+    rows = []
     if (folder / "eval.csv").exists():
-        rows += read_rows(folder / "eval.csv", "step", "final", "success", "episodes")
-    step, final, success, episodes = rows.pop()
+        rows = read_rows(folder / "eval.csv", "step", "success", "episodes", "final")
+    step, success, episodes, final = rows[-1] if rows else (0, 0, 0, 0)
     if step < end or not final:
         raise EOFError(f"evaluated at step {step:.0f} of {end}")
     if not 0 <= success <= 1 or episodes < 1:
         raise ValueError(f"success {success} of {episodes} episodes")
-    points = [(row[0], 100 * row[2]) for row in rows[1:]] + [(step, 100 * success)]
-    curves = {"success": {(x - start) / 1000: y for x, y in points if x >= start}, "path_kl": {}}
+    points = {(x - start) / 1000: 100 * y for x, y, *_ in rows if x >= start}
+    curves = {"success": points, "path_kl": {}}
     if end > start:
         try:
-            points = read_rows(folder / "train.csv", "step", "path_kl")
-            curves["path_kl"] = {(x - start) / 1000: y for x, y in points if y is not None}
+            rows = read_rows(folder / "train.csv", "step", "path_kl")
+            curves["path_kl"] = {(x - start) / 1000: y for x, y in rows if y is not None}
         except DAMAGED as error:
             notes.append(f"{folder}: its KL is left out, train.csv is damaged: {error!r}")
     which = (domain, method_of(config), int(task.removeprefix("-task") or default), config["seed"])
@@ -118,15 +124,15 @@ def read_runs(top: Path, notes: list) -> list[Run]:
             notes.append(f"{folder}: not counted, damaged: {error!r}")
         else:
             budget = run.config["kl_budget"] if "TRQAM" in run.method else None
-            other = runs.setdefault((run.domain, run.method, budget, run.task, run.seed), run)
+            other = runs.setdefault((run.domain, run.method, run.task, run.seed, budget), run)
             if other is not run:
                 notes.append(f"{folder}: not counted, another {other.folder}")
-    for domain, method in {(run.domain, run.method) for run in runs.values()}:
-        budgets = Counter(key[2] for key in runs if key[:2] == (domain, method)).most_common()
-        for key, run in runs.items():  # the budget of most runs of a domain goes without saying
-            tie = len(budgets) > 1 and budgets[0][1] == budgets[1][1]
-            if key[:2] == (domain, method) and (tie or key[2] != budgets[0][0]):
-                run.method = f"{method} ε={key[2]:g}"
+    for cell in {key[:2] for key in runs}:  # the budget of most runs goes without saying
+        keys = [key for key in runs if key[:2] == cell]
+        (usual, n), *others = Counter(budget for *_, budget in keys).most_common()
+        for key in keys:
+            if key[-1] != usual or (others and others[0][1] == n):
+                runs[key].method += f" ε={key[-1]:g}"
     return list(runs.values())
 
 
@@ -142,12 +148,6 @@ def wilson(p: float, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def last_kl(run: Run) -> float | None:
-    """Mean path KL over the last third of the updates."""
-    curve = run.curves["path_kl"]
-    return mean(y for x, y in curve.items() if x > max(curve) * 2 / 3) if curve else None
-
-
 def summary(level: str, runs: list[Run], **more: object) -> dict:
     """A line of the CSV: a domain, a task or a run, numbers in %."""
     tasks = {run.task for run in runs}
@@ -155,13 +155,15 @@ def summary(level: str, runs: list[Run], **more: object) -> dict:
     at = {(run.task, run.seed): 100 * run.success for run in runs}
     of_tasks = [mean(at[t, s] for s in seeds if (t, s) in at) for t in tasks]
     whole = [mean(at[t, s] for t in tasks) for s in seeds if all((t, s) in at for t in tasks)]
-    kls = [kl for kl in map(last_kl, runs) if kl is not None]
+    before = [run.curves["success"][0] for run in runs if 0 in run.curves["success"]]
+    kls = [run.kl for run in runs if run.kl is not None]
     line = {"level": level, "domain": runs[0].domain, "method": runs[0].method, **more}
     line |= {
         "success": mean(of_tasks),
         "runs": len(runs),
         "episodes": sum(r.episodes for r in runs),
     }
+    line |= {"pretrained": mean(before)} if before else {}
     line |= {"std": stdev(whole)} if len(whole) > 1 else {}
     line |= {"path_kl": mean(kls), "kl_budget": runs[0].config["kl_budget"]} if kls else {}
     if len(runs) == 1:
@@ -247,16 +249,16 @@ def print_table(lines: list[dict]) -> None:
 
 
 def print_tasks(lines: list[dict]) -> None:
-    """Every task and run, with the path KL of its last third."""
-    lines = [line for line in lines if line["level"] != "domain"]
-    kl = "{path_kl:.3f} of {kl_budget:g}"
-    columns = {name: [line.get(name, "all") for line in lines] for name in COLUMNS.split()[1:5]}
-    columns["success"] = [written(line) for line in lines]
-    columns["episodes"] = [line["episodes"] for line in lines]
-    columns["path KL of budget"] = [
-        kl.format(**line) if "path_kl" in line else "–" for line in lines
-    ]
-    print_columns([[name, *values] for name, values in columns.items()])
+    """Every task and run, with success before fine-tuning and the KL of its last third."""
+    names = ["domain", "method", "task", "seed"]
+    rows = [[*names, "before", "success", "episodes", "path KL"]]
+    for line in lines:
+        if line["level"] == "run" or (line["level"] == "task" and line["runs"] > 1):
+            before = f"{line['pretrained']:.0f}" if "pretrained" in line else "–"
+            kl = "{path_kl:.3f} of {kl_budget:g}".format(**line) if "path_kl" in line else "–"
+            own = [line.get(name, "all") for name in names]
+            rows.append([*own, before, written(line), line["episodes"], kl])
+    print_columns([list(column) for column in zip(*rows, strict=True)])
 
 
 def average(curves: list[dict]) -> dict:
