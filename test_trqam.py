@@ -1254,6 +1254,108 @@ def test_full_disk_is_told_before_the_first_update():
     assert not {"train.csv", "checkpoint.pt"} & set(files(RUN))
 
 
+WALK = "--scale paper --device cpu --width 16 --layers 2 --critics 2 --flow-steps 2 --batch 8"
+WALK += " --pretrain-steps 1 --offline-steps 1 --final-episodes 1 --dataset-dir data --run-dir task"
+
+
+@pytest.mark.parametrize("domain", [row[0] for row in ROWS[:10]])
+def test_all_tasks_of_the_paper_walk(domain, monkeypatch):
+    """Random data, an update of each phase and an episode of 12 steps after it, in every task."""
+    cfg = configure(f"--env {domain} {WALK}")
+    make = gymnasium.make
+    env = make(re.sub("-(play|navigate)-", "-", cfg.env), max_episode_steps=12)
+    monkeypatch.setattr(gymnasium, "make", lambda name, **_: env)
+    world = env.unwrapped
+    rng = np.random.default_rng(0)
+    write_dataset(
+        "data",
+        re.sub("-singletask", "", cfg.env),
+        observations=rng.normal(size=(153, *env.observation_space.shape)),
+        actions=rng.uniform(-1, 1, (153, *env.action_space.shape)),
+        qpos=rng.normal(size=(153, world.model.nq)),
+        button_states=rng.integers(0, 2, (153, getattr(world, "_num_buttons", 0))),
+    )
+    for task in (1, 2, 3, 4, 5):
+        cfg = configure(f"--env {domain} --task {task} {WALK}{task}")
+        spec = gymnasium.spec(re.sub("-(play|navigate)-", "-", cfg.env))
+        world._reward_task_id = spec.kwargs["reward_task_id"]
+        trqam.train(cfg)
+        assert world.cur_task_id == task
+        rows = read_csv(cfg.checkpoint.with_name("eval.csv"))
+        assert [(row["phase"], row["mean_length"]) for row in rows] == [
+            ("pretrain", "12.0"),
+            ("offline", "12.0"),
+        ]
+
+
+def pretend(folder, env, seed, success, **changes):
+    """The files of a run, 50 episodes after four updates at KL 0.1, 0.2, 0.3 and 0.4."""
+    config = {"env": f"{env}-v0", "seed": seed, "fixed_lambda": None, "kl_budget": 0.5}
+    config |= {"pretrain_steps": 2, "offline_steps": 4, "online_steps": 0, "frozen_base": False}
+    Path(folder).mkdir(parents=True)
+    Path(folder, "config.json").write_text(json.dumps(config | changes))
+    ends = [(2, 0.1, 1), (4, 0.3, 0), (6, success, 1)]
+    rows = [{"step": n, "final": end, "success": p, "episodes": 50} for n, p, end in ends]
+    trqam.write_csv(Path(folder, "eval.csv"), rows)
+    rows = [
+        {"step": 1, "path_kl": None},
+        *({"step": n, "path_kl": n / 10 - 0.2} for n in (3, 4, 5, 6)),
+    ]
+    trqam.write_csv(Path(folder, "train.csv"), rows)
+
+
+def report(*args, code=0) -> str:
+    argv = [sys.executable, SCRIPT.with_name(".github") / "report.py", *args]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+REPORT = """
+domain               TRQAM     (paper)  QAM         (paper)  TRQAM ε=2
+scene                75 ± ?    79 ± 1   0 [0, 7]    64 ± 4   –
+puzzle-3x3           90 ± 14   100 ± 0  –           15 ± 3   20 [11, 33]
+mean of the paper's  82 (2 of 10)  90  0 (1 of 10)  64       20 (1 of 10)
+scene TRQAM          1  0  10  50 [37, 63]  50   0.350 of 0.5
+puzzle-3x3 TRQAM     4  all  10  90 ± 14    100  0.350 of 0.5
+cut: not counted, damaged: ValueError('a row is cut')
+half: not counted, unfinished: evaluated at step 6 of 7
+scene/0/again: not counted, another scene/0/1
+scene/0/2: its KL is left out, train.csv is damaged: FileNotFoundError
+scene TRQAM: task 2 of seed 1 missing
+scene QAM: seed 1, task 2 missing
+puzzle-3x3 QAM: no finished run
+puzzle-3x3 TRQAM ε=2: seed 1 missing
+no finished run of the paper's antmaze-large,
+"""
+
+
+def test_report_of_a_folder_with_holes():
+    """The paper's table by the last evaluations, Wilson's intervals, and all that is missing."""
+    for task, seed, success in ((1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9)):
+        pretend(f"scene/{seed}/{task}", f"scene-play-singletask-task{task}", seed, success)
+    Path("scene/0/2/train.csv").unlink()
+    shutil.copytree("scene/0/1", "scene/0/again")
+    pretend("qam", "scene-play-singletask-task1", 0, 0.0, fixed_lambda=1.0)
+    for seed, success in ((0, 1.0), (1, 0.8)):
+        pretend(f"puzzle{seed}", "puzzle-3x3-play-singletask", seed, success)
+    pretend("loose", "puzzle-3x3-play-singletask", 0, 0.2, kl_budget=2.0)
+    pretend("half", "puzzle-3x3-play-singletask", 2, 0.2, offline_steps=5)
+    pretend("cut", "puzzle-3x3-play-singletask", 3, 0.2)
+    os.truncate("cut/eval.csv", 60)
+    lines = re.sub(" +", " ", report(".", "--tasks", "--csv", "all.csv")).splitlines()
+    for line in re.sub(" +", " ", REPORT).strip().splitlines():
+        assert any(x.startswith(line) for x in lines), line
+    rows = read_csv(Path("all.csv"))
+    assert Counter(row["level"] for row in rows) == {"domain": 4, "task": 5, "run": 7}
+    assert (rows[0]["success"], rows[0]["missing"]) == ("75.0", "task 2 of seed 1")
+
+
+def test_report_of_nothing():
+    assert "expected finished runs in ., got none" in report(".", code=1)
+    assert "expected a folder, got nowhere" in report("nowhere", code=2)
+
+
 # ================================================================================= command line
 
 MISTAKES = r"""
