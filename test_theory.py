@@ -21,11 +21,14 @@ inconclusive. Next to each stands a negative control: wrong formulas and wrong s
 and too small, that the very same z-test must reject.
 """
 
+import copy
 import dataclasses
 import math
 import os
-from functools import partial
+import re
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -33,6 +36,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis.strategies import floats, integers, just, sampled_from
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import trqam
 
@@ -250,6 +255,17 @@ def g_squared(K):
     """g_k² = 2 (1 − t_k + h)/(t_k + h) = 2 (K + 1 − k)/(k + 1), (K, 1, 1)."""
     k = indices(K)
     return 2 * (K + 1 - k) / (k + 1)
+
+
+def control(gap, lam):
+    """u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ: the drift that it adds is σu = 2(v_ft − v_base)."""
+    sigma = (g_squared(len(gap)) / lam).sqrt()
+    return 2 * gap / sigma
+
+
+def kl_of_control(u, lam):
+    """Σ_k (h/2λ) ‖u_k‖² of each path: the KL in terms of the control."""
+    return u.square().sum((0, 2)) / (2 * lam * len(u))
 
 
 def step_std(K):
@@ -521,7 +537,7 @@ def test_q_gradient_is_zero_outside_the_box(seed, D, E):
 @forall(10, K=integers(2, 64))
 def test_schedule_is_the_shifted_memoryless_one(K):
     """t_k = k/K, g_k² = 2(1 − t_k + h)/(t_k + h) = 2(K + 1 − k)/(k + 1): exact."""
-    t, g = trqam.schedule(K, zeros(1))
+    t, g = trqam.schedule(K, zeros(1, 1))
     assert t.shape == g.shape == (K, 1, 1)
     assert t.dtype == g.dtype == torch.float64
     close(t, times(K), 1e-14)
@@ -670,29 +686,18 @@ def test_theorem1_pathwise_identity(exact, seed, D, K, lam, kind):
     x_0, noise = draw.noise(K, 9, D)
     path = trqam.simulate_sde(v_fine, v_base, x_0, noise, exact=exact)
     gap = trqam.velocity_gap(v_fine, v_base, path)
-    u = trqam.control(gap, lam)
+    u = control(gap, lam)
     n = noisy_steps(K, exact)
     L = log_ratio(v_fine, v_base, path)[:n].sum(0)
     M = martingale(gap, noise)[:n].sum(0)
     last = girsanov(gap)[n:].sum(0)
-    for A in (trqam.path_kl(gap), trqam.path_kl_from_control(u, lam)):
+    for A in (trqam.path_kl(gap), kl_of_control(u, lam)):
         assert A.shape == (9,)
         close(L, A - last + M)
     if not exact:
         assert (last > 0).all()
         exact_path = trqam.simulate_sde(v_fine, v_base, x_0, noise, exact=True)
         close(trqam.path_kl(gap), kl_along(exact_path, v_fine, v_base))
-
-
-@forall(8, seed=seeds, D=dims, K=steps, lam=lams)
-def test_control_is_the_drift_it_adds(seed, D, K, lam):
-    """σu = 2(v_ft − v_base), the drift it adds; λ as a tensor gives the same: exact."""
-    draw = Draw(seed)
-    gap = draw.normal(K, 3, D)
-    u = trqam.control(gap, lam)
-    sigma = (g_squared(K) / lam).sqrt()
-    close(sigma * u, 2 * gap)
-    close(trqam.control(gap, tensor(lam)), u)
 
 
 @forall(8, seed=seeds, D=dims, K=steps, kind=kinds)
@@ -756,9 +761,9 @@ def test_theorem1_monte_carlo(exact, seed, D, K, lam, kl):
     sample = Theorem1Sample(seed, D, K, kl, "mlp", exact)
     n = noisy_steps(K, exact)
     L = sample.log_ratio(sample.path)[:n].sum(0)
-    u = trqam.control(sample.gap, lam)
+    u = control(sample.gap, lam)
     u[n:] = 0
-    A = trqam.path_kl_from_control(u, lam)
+    A = kl_of_control(u, lam)
     accept(L - A, 0.0, DELTA * A.mean().item())
 
 
@@ -1037,6 +1042,7 @@ def test_matching_loss_value_gradient_and_minimiser(seed, D, K, lam):
 
     gap.requires_grad_()
     loss = trqam.adjoint_matching_loss(gap, adjoint, lam)
+    close(trqam.adjoint_matching_loss(gap, adjoint, tensor(lam)).detach(), value)
     (gradient,) = torch.autograd.grad(loss, gap)
     close(loss.detach(), value)
     close(gradient, slope)
@@ -1059,9 +1065,9 @@ def test_random_adjoints_regress_to_their_mean(seed, D, K, lam):
     spread = (g2.flatten() * variance).sum()  # Σ g² Var(ã)
 
     best = -g2 * mean / (2 * lam)
-    u = trqam.control(best, lam)
-    close(u, -(g2 / lam).sqrt() * mean)
-    kl = trqam.path_kl_from_control(u, lam).mean()
+    u = -(g2 / lam).sqrt() * mean
+    close(control(best, lam), u)
+    kl = kl_of_control(u, lam).mean()
     target_kl = trqam.closed_form_kl(adjoint, lam).mean()
     close(target_kl, kl + spread / (2 * lam**2 * K))
     gap = best.expand(K, B, D)
@@ -1103,10 +1109,10 @@ def test_scale_and_shift_symmetries(seed, D, K, lam, c, shift):
     scaled_loss, scaled_kl = run(c, shift, c * lam)
     close(scaled_loss, c * loss)
     close(scaled_kl, kl)
-    u = trqam.control(gap, lam)
-    scaled_u = trqam.control(gap, c * lam)  # u depends on λ, its KL does not
+    u = control(gap, lam)
+    scaled_u = control(gap, c * lam)  # u depends on λ, its KL does not
     close(scaled_u, math.sqrt(c) * u)
-    close(trqam.path_kl_from_control(scaled_u, c * lam), trqam.path_kl(gap))
+    close(kl_of_control(scaled_u, c * lam), trqam.path_kl(gap))
 
 
 @forall(3, seed=seeds, D=dims, K=steps, lam=lams)
@@ -1920,6 +1926,393 @@ def test_noise_of_an_update_is_white(seed, K, H):
     for wrong in used_twice:
         z = columns(**(noise | wrong))
         reject(inner_products(z) ** 2, z.shape[1], agent.D, 1)
+
+
+# ------------------------------------------------------------------ your own flow
+
+
+class Expert(nn.Module):
+    """A flow as in robot foundation models: chunks (N, H, A) attend to a prefix and to each other.
+
+    Time is (N,) and runs from actions at 0 to noise at 1; it predicts noise − action.
+    """
+
+    def __init__(self, S, A, width=16):
+        super().__init__()
+        self.prefix = nn.Linear(S, width)
+        self.inward = nn.Linear(A, width)
+        self.time = nn.Linear(1, width)
+        self.attention = nn.MultiheadAttention(width, 2, dropout=0.2, batch_first=True)
+        self.outward = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, A))
+
+    def attend(self, x, t, prefix):
+        tokens = self.inward(x) + self.time(t[:, None, None])
+        context = torch.cat([prefix[:, None], tokens], 1)
+        attended, _ = self.attention(tokens, context, context, need_weights=False)
+        return self.outward(tokens + attended)
+
+    def forward(self, x, t, obs):
+        return self.attend(x, t, self.prefix(obs))
+
+
+def demonstrations(n, H, A):
+    """Observations (n, 3) and chunks (n, H, A) that depend on them."""
+    obs = torch.randn(n, 3)
+    weights = torch.sin(1.7 * torch.arange(3 * H * A)).view(3, H * A)
+    chunks = 0.5 * torch.tanh(obs @ weights) + 0.2 * torch.randn(n, H * A)
+    return obs, chunks.clamp(-1, 1).view(n, H, A)
+
+
+def pretrain(net, loss_of, updates):
+    """Train a flow by its own loss; returns the last of them."""
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    for _ in range(updates):
+        loss = loss_of(*demonstrations(128, 3, 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@cache
+def pretrained_expert():
+    """An Expert and its last loss, noise at t = 1."""
+    torch.manual_seed(0)
+    net = Expert(3, 2)
+
+    def loss_of(obs, actions):
+        noise = torch.randn_like(actions)
+        t = torch.rand(len(obs), 1, 1)
+        out = net(t * noise + (1 - t) * actions, t.flatten(), obs)
+        return (out - (noise - actions)).square().mean()
+
+    return net, pretrain(net, loss_of, 200)
+
+
+@forall(6, seed=seeds, B=integers(2, 4), H=integers(2, 4), A=integers(1, 3), K=integers(2, 4))
+def test_chunks_of_any_shape(seed, B, H, A, K):
+    """Chunks (H, A) give what their D = H·A numbers give, also where B = K or B = H: exact."""
+    draw = Draw(seed)
+    D = H * A
+    flat = {name: mlp_field(draw, D) for name in ("base", "fine")}
+    flat_q, _ = cost_and_gradient(draw, D)
+
+    def shaped(v):
+        return lambda x, t: v(x.flatten(-2), t.squeeze(-1)).view(x.shape)
+
+    def run(v_fine, v_base, q, *shape):
+        again = Draw(seed)
+        x_0 = again.normal(B, D).view(B, *shape)
+        noise = again.normal(K, B, D).view(K, B, *shape)
+        t = again.uniform(0, 1, B).view(B, *[1] * len(shape))
+        path = trqam.simulate_sde(v_fine, v_base, x_0, noise)
+        terminal = -trqam.q_gradient(q, path[-1])
+        adjoint = trqam.lean_adjoint(v_base, path, terminal)[:-1]
+        gap = trqam.velocity_gap(v_fine, v_base, path)
+        return [
+            path.flatten(2),
+            adjoint.flatten(2),
+            trqam.adjoint_matching_loss(gap, adjoint, 1.7),
+            trqam.path_kl(gap),
+            trqam.closed_form_kl(adjoint, 1.7),
+            trqam.sample_flow(v_fine, x_0, K).flatten(1),
+            trqam.flow_matching_loss(v_fine, x_0, noise[0], t),
+        ]
+
+    expected = run(flat["fine"], flat["base"], lambda x: flat_q(x)[None], D)
+    v_fine, v_base = shaped(flat["fine"]), shaped(flat["base"])
+    got = run(v_fine, v_base, lambda x: flat_q(x.flatten(1))[None], H, A)
+    for a, b in zip(got, expected, strict=True):
+        close(a, b)
+
+
+@forall(4, seed=seeds, D=dims, K=steps)
+def test_box_of_actions(seed, D, K):
+    """Sampler and gradient are clipped to the box that is given, or not at all: exact."""
+    draw = Draw(seed)
+    v = mlp_field(draw, D)
+    x = 3 * draw.normal(64, D)
+    plain = trqam.sample_flow(v, x, K, box=None)
+    low, high = -0.3, 0.7
+    close(trqam.sample_flow(v, x, K, box=(low, high)), plain.clamp(low, high))
+    close(trqam.sample_flow(v, x, K), plain.clamp(-1, 1))
+    assert plain.abs().max() > 1
+
+    def q(x):
+        return x.pow(3).sum(-1)[None] / 3
+
+    inside = ((x > low) & (x < high)).double()
+    close(trqam.q_gradient(q, x, box=(low, high)), inside * x**2)
+    close(trqam.q_gradient(q, x, box=None), x**2)
+
+
+PATH = zeros(5, 3, 2)  # K = 4 steps, B = 3 paths, D = 2
+GAP = PATH[1:]
+
+
+def still(x, t):
+    return 0 * x
+
+
+def narrow(x, t):
+    return x[..., :1]
+
+
+WRONG_SHAPES = {
+    "v_fine one wide": (trqam.simulate_sde, narrow, still, GAP[0], GAP),
+    "v_base one wide": (trqam.simulate_sde, still, narrow, GAP[0], GAP),
+    "v_base one wide in the adjoint": (trqam.lean_adjoint, narrow, PATH, GAP[0]),
+    "v_fine one wide in the gap": (trqam.velocity_gap, narrow, still, PATH),
+    "v_base one wide in the gap": (trqam.velocity_gap, still, narrow, PATH),
+    "v one wide in cloning": (trqam.flow_matching_loss, narrow, GAP[0], GAP[0], GAP[0, :, :1]),
+    "v one wide in the sampler": (trqam.sample_flow, narrow, GAP[0], 4),
+    "noise without K": (trqam.simulate_sde, still, still, GAP[0], GAP[0]),
+    "noise (K, 1, D)": (trqam.simulate_sde, still, still, GAP[0], GAP[:, :1]),
+    "noise (K, D)": (trqam.simulate_sde, still, still, GAP[0], GAP[:, 0]),
+    "terminal (D,)": (trqam.lean_adjoint, still, PATH, GAP[0, 0]),
+    "adjoint ã_0 … ã_K": (trqam.adjoint_matching_loss, GAP, PATH, 1.0),
+    "adjoint of one chain": (trqam.adjoint_matching_loss, GAP, GAP[:, :1], 1.0),
+    "noise of one chunk": (trqam.flow_matching_loss, still, GAP[0, :1], GAP[0], GAP[0, :, :1]),
+    "t (B,)": (trqam.flow_matching_loss, still, GAP[0], GAP[0], GAP[0, :, 0]),
+    "t of one chunk": (trqam.flow_matching_loss, still, GAP[0], GAP[0], GAP[0, :1, :1]),
+    "q (B,)": (trqam.q_gradient, lambda x: x.sum(-1), GAP[0]),
+    "q (B, 1)": (trqam.q_gradient, lambda x: x[:, :1], GAP[0]),
+    "q (B, E)": (trqam.q_gradient, lambda x: x, GAP[0]),
+    "one step of a gap": (trqam.path_kl, GAP[:1]),
+    "one step of an adjoint": (trqam.closed_form_kl, GAP[:1], 1.0),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHAPES)
+def test_wrong_shapes_are_errors(case):
+    """Where broadcasting would hide them; name, expected, got."""
+    function, *args = WRONG_SHAPES[case]
+    with pytest.raises(ValueError, match=r"expected .* got "):
+        function(*args)
+
+
+def cut_off(x, t):
+    with torch.no_grad():
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "v", [cut_off, lambda x, t: 2 * x.detach() + torch.ones(1, requires_grad=True)]
+)
+def test_missing_gradients_are_errors(v):
+    """A velocity or a critic through which no gradient comes back to x is no zero."""
+    with pytest.raises(ValueError, match="expected a gradient of v_base to x"):
+        trqam.lean_adjoint(v, PATH, GAP[0])
+    with pytest.raises(ValueError, match="expected a gradient of q to x"):
+        trqam.q_gradient(lambda x: v(x, 0).sum(-1)[None], GAP[0])
+
+
+@forall(3, seed=seeds, D=dims, K=steps)
+def test_velocity_may_be_checkpointed(seed, D, K):
+    """Gradient checkpointing inside v_base changes no adjoint: exact."""
+    draw = Draw(seed)
+    v = mlp_field(draw, D)
+    x_0, noise = draw.noise(K, 4, D)
+    path = trqam.simulate_sde(v, v, x_0, noise)
+
+    def saving(x, t):
+        return checkpoint(v, x, t, use_reentrant=False)
+
+    expected = trqam.lean_adjoint(v, path, x_0)
+    close(trqam.lean_adjoint(saving, path, x_0), expected)
+
+
+@forall(4, seed=seeds, B=integers(2, 5), H=integers(2, 4), A=integers(1, 3))
+def test_adapt_gives_each_row_its_own_condition(seed, B, H, A):
+    """v(x, t)[k, b] = net(x[k, b], t_k, condition[b]), −net at 1 − t_k reversed: exact."""
+    draw = Draw(seed)
+    x = draw.normal(5, B, H, A)
+    condition = draw.normal(B, 2)
+    t, _ = trqam.schedule(5, x[0])
+
+    def net(x, t, condition, twice):
+        assert t.shape == x.shape[:1] == condition.shape[:1]
+        scale = (condition * twice).sum(-1) + t
+        return torch.tanh(x * scale[:, None, None])
+
+    for reverse in (False, True):
+        for stepwise in (False, True):
+            flags = {"reverse": reverse, "stepwise": stepwise}
+            v = trqam.adapt(net, condition, 2 * condition, event_dims=2, **flags)
+            scale = 2 * condition.square().sum(-1).view(B, 1, 1)
+            expected = -torch.tanh(x * (scale + 1 - t)) if reverse else torch.tanh(x * (scale + t))
+            close(v(x, t), expected)
+            close(v(x[2], t[2]), expected[2])
+    flat = trqam.adapt(lambda x, t: x * t[:, None], event_dims=1)
+    close(flat(x[..., 0], t[..., 0]), (x * t)[..., 0])
+    with pytest.raises(ValueError, match="expected net"):
+        trqam.adapt(lambda x, t: x[..., :1], event_dims=2)(torch.ones(2, 3, 2), torch.ones(1, 1, 1))
+
+
+def snippet(marker):
+    """The Python code of the README that has the marker in it."""
+    readme = Path(trqam.__file__).with_name("README.md").read_text()
+    (code,) = [s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if marker in s]
+    return code
+
+
+def critic(obs, x):
+    """Two critics that want the chunk's actions at 0.4."""
+    return -20 * (x - 0.4).square().sum((-1, -2)).expand(2, -1)
+
+
+def fine_tune(policy, reverse=True, updates=200):
+    """Run the README's lines on a foreign policy; returns what they leave."""
+
+    def run(marker):
+        code = snippet(marker).replace("3e-4", "3e-3")  # a small network
+        exec(code.replace("reverse=True", f"reverse={reverse}"), names)
+
+    obs, actions = demonstrations(256, 3, 2)
+    names = {"policy": policy, "critic": critic, "obs": obs, "actions": actions}
+    run("first_aid")
+    lam_and_kl = []
+
+    def batches():
+        for _ in range(updates):
+            yield demonstrations(32, 3, 2)[0]
+            lam_and_kl.append((3 * names["dual"], names["kl"]))
+
+    names |= {"batches": batches(), "B": 32, "H": 3, "A": 2, "K": 5}
+    run("dual_step")
+    x_0 = torch.randn_like(actions)
+    values = []
+    for net in (names["frozen"], policy):
+        chunk = trqam.sample_flow(names["velocity"](net, obs), x_0, 5)
+        values.append(critic(obs, chunk).mean())
+    return names["loss_of_base"], torch.tensor(lam_and_kl), values
+
+
+def holds_the_budget(lam_and_kl, values, budget=1.0):
+    """Mean KL of the last 40 updates within 10 % of it, and the critic's value up."""
+    assert lam_and_kl[-40:, 1].mean() == pytest.approx(budget, rel=0.1)
+    before, after = values
+    assert after > before + 0.5
+
+
+def test_foreign_policy_is_fine_tuned_within_its_budget():
+    """By the README's lines: attention over (H, A), dropout, noise at t = 1."""
+    net, loss = pretrained_expert()
+    loss_of_base, *results = fine_tune(copy.deepcopy(net))
+    assert loss_of_base == pytest.approx(loss, rel=0.2)
+    holds_the_budget(*results)
+
+
+def test_flow_matching_package():
+    """Meta's `flow_matching`: trained in its idiom, noise at t = 0, then by the README's lines."""
+    package = pytest.importorskip("flow_matching.path", reason="an optional check")
+    torch.manual_seed(0)
+    net = Expert(3, 2)
+
+    def loss_of(obs, actions):
+        t = torch.rand(len(obs))
+        sample = package.CondOTProbPath().sample(t=t, x_0=torch.randn_like(actions), x_1=actions)
+        return (net(sample.x_t, sample.t, obs) - sample.dx_t).square().mean()
+
+    loss = pretrain(net, loss_of, 200)
+    loss_of_base, *results = fine_tune(net, reverse=False)
+    assert loss_of_base == pytest.approx(loss, rel=0.2)
+    holds_the_budget(*results)
+
+
+def test_prefix_may_be_cached():
+    """A network that holds the prefix of its B rows itself is asked step by step."""
+    net = Expert(3, 2).eval()
+    obs, actions = demonstrations(4, 3, 2)
+    prefix = net.prefix(obs)
+    path = torch.stack([actions, actions.flip(0), actions.neg()])
+    t, _ = trqam.schedule(3, actions)
+    caching = trqam.adapt(
+        lambda x, t: net.attend(x, t, prefix), event_dims=2, reverse=True, stepwise=True
+    )
+    expected = trqam.adapt(net, obs, event_dims=2, reverse=True)(path, t)
+    torch.testing.assert_close(caching(path, t), expected)
+
+
+class Patient:
+    """A pretrained Expert, data for it, and its flows for first aid."""
+
+    def __init__(self):
+        net, self.loss = pretrained_expert()
+        self.net = copy.deepcopy(net).eval()
+        self.obs, self.actions = demonstrations(256, 3, 2)
+
+    def velocity(self, net):
+        return trqam.adapt(net, self.obs, event_dims=2, reverse=True)
+
+    def first_aid(self, **changes):
+        t = torch.linspace(0.02, 0.98, 256).view(-1, 1, 1)
+        x_0 = torch.randn(self.actions.shape, generator=torch.Generator().manual_seed(0))
+        v = self.velocity(self.net)
+        given = {"v_fine": v, "v_base": v, "learning": [], "x_0": x_0, "x_1": self.actions, "t": t}
+        return trqam.first_aid(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def patient():
+    return Patient()
+
+
+def test_first_aid_names_the_fault(patient):
+    """Each would run without an error, the KL at its budget."""
+    twin = copy.deepcopy(patient.net)
+    moving = list(twin.parameters())
+    before = [p.clone() for p in moving]
+    v_twin = patient.velocity(twin)
+    loss = patient.first_aid(v_fine=v_twin, learning=moving)
+    assert loss == pytest.approx(patient.loss, rel=0.2)
+    with pytest.raises(ValueError, match="v_base to stay where v_fine moves"):
+        patient.first_aid(v_fine=v_twin, v_base=v_twin, learning=moving)
+    assert all(map(torch.equal, moving, before))
+
+    def repeated_wrongly(x, t):
+        """K times each row: most observations meet another one's chunk."""
+        K = len(x) if x.ndim == 4 else 1
+        rows = x.flatten(0, -3)
+        times = 1 - t.expand_as(x).reshape(len(rows), -1)[:, 0]
+        obs = patient.obs.repeat_interleave(K, 0)
+        return -patient.net(rows, times, obs).view(x.shape)
+
+    careless = patient.velocity(copy.deepcopy(patient.net).train())
+    for name in ("v_base", "v_fine"):
+        with pytest.raises(ValueError, match=rf"{name} to repeat itself.*eval"):
+            patient.first_aid(**{name: careless})
+        with pytest.raises(ValueError, match=rf"{name}\(x, t\)\[k\] to be .*adapt"):
+            patient.first_aid(**{name: repeated_wrongly})
+    with pytest.raises(ValueError, match=r"actions in \(-1, 1\), got some outside"):
+        patient.first_aid(x_1=2 * patient.actions)
+    patient.first_aid(x_1=2 * patient.actions, box=None)
+
+
+def test_first_aid_tells_a_wrong_convention_by_its_loss(patient):
+    """Time, sign or scale of another kind of flow: a loss at least 1.15 times the right one."""
+    net = patient.net
+    conventions = {
+        "time and sign": lambda x, t, obs: -net(x, 1 - t, obs),
+        "sign": lambda x, t, obs: -net(x, t, obs),
+        "time": lambda x, t, obs: net(x, 1 - t, obs),
+        "scale": lambda x, t, obs: net(3 * x, t, obs),
+    }
+    for name, wrong in conventions.items():
+        v = patient.velocity(wrong)
+        assert patient.first_aid(v_base=v, v_fine=v) > 1.15 * patient.first_aid(), name
+
+
+def test_first_aid_finds_nothing_in_our_agent(patient):
+    """v_ft learns, v_base does not."""
+    cfg = dataclasses.replace(trqam.Config(), width=16, chunk=3, device="cpu")
+    agent = trqam.Agent(cfg, 3, 2)
+    v_fine = partial(agent.policy, patient.obs)
+    v_base = partial(agent.target_base, patient.obs)
+    x_1 = patient.actions.flatten(1)
+    learning = list(agent.policy.parameters())
+    t = torch.full((256, 1), 0.5)
+    assert trqam.first_aid(v_fine, v_base, learning, 0 * x_1, x_1, t) > 0
 
 
 # ------------------------------------------------------------------ the design

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import http.server
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -24,7 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -35,7 +36,6 @@ from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
-import ogbench
 import pytest
 import torch
 import torch.nn.functional as F
@@ -446,7 +446,7 @@ RANGES = """
 --batch          1     1000000000 0        1000000001
 --transitions    1     1000000000 0        1000000001
 --workers        1     1000000000 0        1000000001
---pretrain-steps 1     1000000000 0        1000000001
+--pretrain-steps 0     1000000000 -1       1000000001
 --eval-interval  1     1000000000 0        1000000001
 --eval-episodes  1     1000000000 0        1000000001
 --final-episodes 1     1000000000 0        1000000001
@@ -455,6 +455,11 @@ RANGES = """
 --data-seed      0     1000000000 -1       1000000001
 --offline-steps  0     1000000000 -1       1000000001
 --online-steps   0     1000000000 -1       1000000001
+--online-start   0     1000000000 -1       1000000001
+--tau            0     1          -1e-09   1.000000001  nan
+--lr             0     1e300      -1e-09   nan
+--pretrain-lr    0     1e300      -1e-09   nan
+--save-minutes   0     1e300      -1e-09   nan
 """
 
 
@@ -535,7 +540,8 @@ def laboratory(tmp_path_factory):
         patch.setenv("HOME", str(home))
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(gymnasium, "make", make_or_take)
-        patch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9")
+        patch.setattr(trqam, "HOSTS", ["http://127.0.0.1:9"])
+        patch.setattr(trqam, "SHA256", {})
         yield
 
 
@@ -610,6 +616,10 @@ def strike(moment, action, *args):
         return function(*own_args, **options)
 
     setattr(owner, name, struck)
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def contents(run_dir):
@@ -862,7 +872,15 @@ def test_killed_collection_leaves_nothing():
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
-    """Serves this folder; of each file a part, then nothing for a while."""
+    """Serves this folder; of each file a part, then nothing for a while. Some have moved."""
+
+    def do_GET(self):
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("moved", "host"))
+            self.end_headers()
+        else:
+            super().do_GET()
 
     def copyfile(self, source, target):
         whole = source.read()
@@ -872,10 +890,12 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host; patience with it is five times shorter."""
+    """A host that nothing is wrong with; patience with it is five times shorter."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    url = f"http://127.0.0.1:{server.server_port}/host"
-    monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.parts = 1
+    server.pause = 0
+    monkeypatch.setattr(trqam, "HOSTS", [f"{server.url}/host"])
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -911,6 +931,20 @@ def test_data_that_come_in_part_are_an_error(folder, parts, pause, text, host):
     assert files("data").items() >= files("host").items()
 
 
+def test_mirrors_are_tried_in_turn(host, monkeypatch):
+    """The first that has the whole set, by its sum where that is known, also where it has moved."""
+    write_dataset("host")
+    write_dataset("liar", actions=np.zeros((153, 5)))
+    digest = hashlib.sha256(Path("host/cube-single-play-v0.npz").read_bytes()).hexdigest()
+    monkeypatch.setattr(trqam, "SHA256", {"cube-single-play-v0": digest})
+    hosts = ["http://127.0.0.1:9", f"{host.url}/none", f"{host.url}/liar", f"{host.url}/moved"]
+    monkeypatch.setattr(trqam, "HOSTS", hosts)
+    trqam.prepare_data(tiny("--dataset-dir data"))
+    assert files("data").items() >= files("host").items()
+    with pytest.raises(OSError, match=r"got a part or another file.*/liar"):
+        trqam.prepare_data(tiny(f"--dataset-dir other --dataset-url {host.url}/liar"))
+
+
 @pytest.mark.parametrize(
     "changes, text",
     [
@@ -938,8 +972,7 @@ def test_run_end_to_end(finished):
     """All phases are trained, logged and summed up; held-out loss of held-out data."""
     saved = trqam.load_checkpoint(finished / "checkpoint.pt")
     for name in ("train", "eval"):
-        text = (finished / f"{name}.csv").read_text()
-        steps = [int(row["step"]) for row in csv.DictReader(text.splitlines())]
+        steps = [int(row["step"]) for row in read_csv(finished / f"{name}.csv")]
         assert steps == [row["step"] for row in saved["progress"][name]]
     train = saved["progress"]["train"]
     phases = Counter(row["phase"] for row in train)
@@ -1079,6 +1112,70 @@ def test_checkpoints_that_are_none_are_refused(content, finished):
     assert files(RUN) == before and not Path("owned").exists()
 
 
+@pytest.mark.parametrize("content", [Evil(), {"agent": Evil()}, {"agent": {}}, np.load, []])
+def test_pretrained_flows_that_are_none_are_refused(content):
+    """They run nothing, as do files of other kinds and checkpoints that are crafted."""
+    Path("flow.pkl").write_bytes(pickle.dumps(content))
+    torch.save(content, "flow.pt")
+    write_dataset(".", "flow")
+    for name in ("flow.pkl", "flow.pt", "flow.npz"):
+        with pytest.raises(OSError, match=r"expected a .*, got"):
+            trqam.load_flow(Path(name))
+    assert not Path("owned").exists()
+
+
+def authors_flow(norm):
+    """Layers of a flow as the authors' pretraining writes them, two hidden ones of 8."""
+    layers = {}
+    for i, (n_in, n_out) in enumerate([(54, 8), (8, 8), (8, 25)]):
+        kernel = wave(3 * i, 0.4, n_in, n_out).numpy()
+        layers[f"Dense_{i}"] = {"kernel": kernel, "bias": kernel[0]}
+        if norm and i < 2:
+            layers[f"LayerNorm_{i}"] = {"scale": 1 + kernel[1], "bias": kernel[2]}
+    return layers
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_flow_of_the_authors_acts_as_by_hand(norm):
+    """Its pickle gives the sizes and, without jax, the velocity."""
+    layers = authors_flow(norm)
+    for nested in (layers, {"mlp": layers}):
+        tree = {"agent": {"network": {"params": {"modules_actor_slow": nested}}}}
+        Path("params.pkl").write_bytes(pickle.dumps(tree))
+        cfg = configure("--scale laptop --device cpu --pretrained params.pkl")
+        sizes = (cfg.width, cfg.layers, cfg.flow_layer_norm, cfg.pretrain_steps)
+        assert sizes == (8, 2, norm, 0)
+        agent = trqam.Agent(cfg, 28, 5).double()
+        trqam.start_from(agent, Path("params.pkl"))
+        inputs = [wave(1, 1, 6, 28), wave(2, 1, 6, 25), wave(3, 1, 6, 1)]
+        x = torch.cat(inputs, -1)
+        for i in range(3):
+            x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+            if i < 2:
+                x = torch.nn.functional.gelu(x, approximate="tanh")
+            if norm and i < 2:
+                x = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
+                x = x * layers[f"LayerNorm_{i}"]["scale"] + layers[f"LayerNorm_{i}"]["bias"]
+        assert_close(agent.base(*inputs), x)
+    wider = trqam.Agent(replace(cfg, width=9), 28, 5)
+    with pytest.raises(ValueError, match=r"(?s)run's sizes in params.pkl.*\[54, 8\].*\[54, 9\]"):
+        trqam.start_from(wider, Path("params.pkl"))
+
+
+def test_pretrained_flow_replaces_pretraining():
+    """Of another task's run; it is asked for once, and then learns as if it were the run's own."""
+    call("--task 3 --offline-steps 0 --run-dir first")
+    screen = call("--pretrain-steps 0 --pretrained first/checkpoint.pt --offline-steps 0")
+    assert "evaluation at step 0: success" in screen
+    first, run = (trqam.load_checkpoint(x / "checkpoint.pt")["agent"] for x in (Path("first"), RUN))
+    assert all(torch.equal(x, run[name]) for name, x in first.items() if "critic" not in name)
+    shutil.rmtree("first")
+    call("--resume --pretrain-steps 0 --offline-steps 20")
+    run = trqam.load_checkpoint(RUN / "checkpoint.pt")["agent"]
+    for name in ("base", "policy", "critic"):
+        assert not torch.equal(run[f"{name}.weights.0"], first[f"{name}.weights.0"])
+
+
 def test_second_process_in_a_run_folder_is_refused():
     with trqam.alone(RUN / "run.lock", wait=False):
         assert f"expected no other process in {RUN}, got one" in call(code=2)
@@ -1102,6 +1199,108 @@ def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
     assert all(x.isfinite().all() for x in saved["agent"].values())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
     assert torch.equal(vector_of(agent.policy), vector_of(agent.base))
+
+
+WALK = "--scale paper --device cpu --width 16 --layers 2 --critics 2 --flow-steps 2 --batch 8"
+WALK += " --pretrain-steps 1 --offline-steps 1 --final-episodes 1 --dataset-dir data --run-dir task"
+
+
+@pytest.mark.parametrize("domain", [row[0] for row in ROWS[:10]])
+def test_all_tasks_of_the_paper_walk(domain, monkeypatch):
+    """Random data, an update of each phase and an episode of 12 steps after it, in every task."""
+    cfg = configure(f"--env {domain} {WALK}")
+    make = gymnasium.make
+    env = make(re.sub("-(play|navigate)-", "-", cfg.env), max_episode_steps=12)
+    monkeypatch.setattr(gymnasium, "make", lambda name, **_: env)
+    world = env.unwrapped
+    rng = np.random.default_rng(0)
+    write_dataset(
+        "data",
+        re.sub("-singletask", "", cfg.env),
+        observations=rng.normal(size=(153, *env.observation_space.shape)),
+        actions=rng.uniform(-1, 1, (153, *env.action_space.shape)),
+        qpos=rng.normal(size=(153, world.model.nq)),
+        button_states=rng.integers(0, 2, (153, getattr(world, "_num_buttons", 0))),
+    )
+    for task in (1, 2, 3, 4, 5):
+        cfg = configure(f"--env {domain} --task {task} {WALK}{task}")
+        spec = gymnasium.spec(re.sub("-(play|navigate)-", "-", cfg.env))
+        world._reward_task_id = spec.kwargs["reward_task_id"]
+        trqam.train(cfg)
+        assert world.cur_task_id == task
+        rows = read_csv(cfg.checkpoint.with_name("eval.csv"))
+        assert [(row["phase"], row["mean_length"]) for row in rows] == [
+            ("pretrain", "12.0"),
+            ("offline", "12.0"),
+        ]
+
+
+def pretend(folder, env, seed, success, **changes):
+    """The files of a run, 50 episodes after four updates at KL 0.1, 0.2, 0.3 and 0.4."""
+    config = {"env": f"{env}-v0", "seed": seed, "fixed_lambda": None, "kl_budget": 0.5}
+    config |= {"pretrain_steps": 2, "offline_steps": 4, "online_steps": 0, "frozen_base": False}
+    Path(folder).mkdir(parents=True)
+    Path(folder, "config.json").write_text(json.dumps(config | changes))
+    ends = [(2, 0.1, 1), (4, 0.3, 0), (6, success, 1)]
+    rows = [{"step": n, "final": end, "success": p, "episodes": 50} for n, p, end in ends]
+    trqam.write_csv(Path(folder, "eval.csv"), rows)
+    rows = [
+        {"step": 1, "path_kl": None},
+        *({"step": n, "path_kl": n / 10 - 0.2} for n in (3, 4, 5, 6)),
+    ]
+    trqam.write_csv(Path(folder, "train.csv"), rows)
+
+
+def report(*args, code=0) -> str:
+    argv = [sys.executable, SCRIPT.with_name(".github") / "report.py", *args]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+REPORT = """
+domain               TRQAM     (paper)  QAM         (paper)  TRQAM ε=2
+scene                75 ± ?    79 ± 1   0 [0, 7]    64 ± 4   –
+puzzle-3x3           90 ± 14   100 ± 0  –           15 ± 3   20 [11, 33]
+mean of the paper's  82 (2 of 10)  90  0 (1 of 10)  64       20 (1 of 10)
+scene TRQAM          1  0  10  50 [37, 63]  50   0.350 of 0.5
+puzzle-3x3 TRQAM     4  all  10  90 ± 14    100  0.350 of 0.5
+cut: not counted, damaged: ValueError('a row is cut')
+half: not counted, unfinished: evaluated at step 6 of 7
+scene/0/again: not counted, another scene/0/1
+scene/0/2: its KL is left out, train.csv is damaged: FileNotFoundError
+scene TRQAM: task 2 of seed 1 missing
+scene QAM: seed 1, task 2 missing
+puzzle-3x3 QAM: no finished run
+puzzle-3x3 TRQAM ε=2: seed 1 missing
+no finished run of the paper's antmaze-large,
+"""
+
+
+def test_report_of_a_folder_with_holes():
+    """The paper's table by the last evaluations, Wilson's intervals, and all that is missing."""
+    for task, seed, success in ((1, 0, 0.5), (1, 1, 0.7), (2, 0, 0.9)):
+        pretend(f"scene/{seed}/{task}", f"scene-play-singletask-task{task}", seed, success)
+    Path("scene/0/2/train.csv").unlink()
+    shutil.copytree("scene/0/1", "scene/0/again")
+    pretend("qam", "scene-play-singletask-task1", 0, 0.0, fixed_lambda=1.0)
+    for seed, success in ((0, 1.0), (1, 0.8)):
+        pretend(f"puzzle{seed}", "puzzle-3x3-play-singletask", seed, success)
+    pretend("loose", "puzzle-3x3-play-singletask", 0, 0.2, kl_budget=2.0)
+    pretend("half", "puzzle-3x3-play-singletask", 2, 0.2, offline_steps=5)
+    pretend("cut", "puzzle-3x3-play-singletask", 3, 0.2)
+    os.truncate("cut/eval.csv", 60)
+    lines = re.sub(" +", " ", report(".", "--tasks", "--csv", "all.csv")).splitlines()
+    for line in re.sub(" +", " ", REPORT).strip().splitlines():
+        assert any(x.startswith(line) for x in lines), line
+    rows = read_csv(Path("all.csv"))
+    assert Counter(row["level"] for row in rows) == {"domain": 4, "task": 5, "run": 7}
+    assert (rows[0]["success"], rows[0]["missing"]) == ("75.0", "task 2 of seed 1")
+
+
+def test_report_of_nothing():
+    assert "expected finished runs in ., got none" in report(".", code=1)
+    assert "expected a folder, got nowhere" in report("nowhere", code=2)
 
 
 # ================================================================================= command line
@@ -1133,6 +1332,7 @@ MISTAKES = r"""
 2  --run-dir {run} --resume --scale paper   expected the run's own scale laptop, got paper
 2  --run-dir {run} --resume --env scene     expected the run's own env cube-.*, got scene-play-
 2  --run-dir {run} --resume --flow-layer-norm  expected the run's own flow_layer_norm False, got
+2  --run-dir {run} --resume --pretrained x  expected the run's own pretrained None, got x
 2  --run-dir {run} --resume --frozen-base   expected the run's own frozen_base False, got True
 2  --run-dir {run} --resume --pretrain-steps 9  expected the run's own pretrain_steps 20, got 9
 2  --run-dir {run} --resume --data scripted    expected the run's own data ogbench, got scripted
@@ -1200,23 +1400,15 @@ def test_readme_acts_with_a_trained_policy(finished):
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
-def test_readme_lifts_the_mathematics(monkeypatch):
-    """Copied alone, it runs the README's lines, which pull a flow to higher Q, and only that."""
-    pattern = r"(?ms)^from __future__.*?(?=^# =+ imports of the program$)"
-    copied = types.ModuleType("trqam")
-    exec(re.search(pattern, SCRIPT.read_text())[0], vars(copied))
-    monkeypatch.setitem(sys.modules, "trqam", copied)
-    base = torch.zeros(4, requires_grad=True)
-    fine = torch.zeros(4, requires_grad=True)
-    names = {
-        "v_base": lambda x, t: base + 0 * x,
-        "v_fine": lambda x, t: fine + 0 * x,
-        "q": lambda x: x.sum(-1)[None],
-    }
-    names.update(B=64, D=4, K=5, H=2)
-    exec(snippet("kl_ema = torch.zeros") + snippet("simulate_sde"), names)
-    assert fine.grad.max() < 0 and base.grad is None
-    assert names["dual"] < 1
+def test_the_mathematics_is_copied_alone():
+    """Its text runs by itself, and imports math, torch and collections.abc only."""
+    script = SCRIPT.read_text()
+    text = re.search(r"(?ms)^from __future__.*?(?=^# =+ imports of the program$)", script)[0]
+    imports = set(re.findall(r"(?m)^\s*(?:from|import) (\S+)", text))
+    assert imports == {"__future__", "math", "torch", "collections.abc"}
+    copied = {}
+    exec(text, copied)
+    assert {"schedule", "first_aid"} <= copied.keys()
 
 
 def test_video_shows_final_episodes(finished, played, monkeypatch):

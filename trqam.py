@@ -46,40 +46,79 @@ import torch
 from torch import Tensor
 
 # ================================================================================ mathematics
-# Pure functions: tensors and a velocity v(x, t) in, tensors out. v maps x (..., B, D) and t, which
-# broadcasts to (..., B, 1), to (..., B, D); what it is conditioned on is the caller's business.
+# Pure functions: tensors and a velocity v(x, t) in, tensors out. v maps x ([K,] B, …) and t, which
+# broadcasts to x, to the shape of x; what it is conditioned on is the caller's business. "…" is the
+# shape of a chunk: D = H·A in this file, (H, A) in many others. Shapes are checked (ValueError).
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Box = tuple[float, float] | None  # bounds of actions, or none
 BRACKET = (0.01, 100.0)  # of the raw multiplier ℓ
 
 
-def schedule(K: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Times t_k = k/K and memoryless diffusion g_k = √λ σ_k for k = 0 … K−1, each (K, 1, 1).
+def check_shape(name: str, x: Tensor, *expected: int) -> None:
+    """Raise ValueError where a tensor has another shape."""
+    if x.shape != expected:
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(x.shape)}")
+
+
+def checked(name: str, v: Velocity) -> Velocity:
+    """v, but a result that has not the shape of x is an error."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        out = v(x, t)
+        check_shape(f"{name}(x, t)", out, *x.shape)
+        return out
+
+    return velocity
+
+
+def pull_back(name: str, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """(∂out/∂x)ᵀ weight; that `out` has no gradient to x is an error, not a zero: ValueError."""
+    if out.requires_grad:
+        (gradient,) = torch.autograd.grad(out, x, weight, allow_unused=True)
+        if gradient is not None:
+            return gradient
+    raise ValueError(f"expected a gradient of {name} to x, got none; see detach, no_grad in it")
+
+
+def clip(x: Tensor, box: Box) -> Tensor:
+    return x if box is None else x.clamp(*box)
+
+
+def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Times t_k = k/K and memoryless diffusion g_k = √λ σ_k for k = 0 … K−1, each (K, 1, …, 1).
 
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
-    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code).
+    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). They
+    broadcast over x (B, …). K is the length of what is given: never pass a slice over k.
     """
+    if K < 2:
+        raise ValueError(f"expected K >= 2 flow steps, got {K}")
     h = 1 / K
-    t = torch.arange(K, device=like.device, dtype=like.dtype).view(K, 1, 1) / K
+    t = torch.arange(K, device=x.device, dtype=x.dtype).view(K, *[1] * x.ndim) / K
     g = (2 * (1 - t + h) / (t + h)).sqrt()
     return t, g
 
 
 def flow_matching_loss(v: Velocity, x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
-    """mean (v(x_t, t) − (x_1 − x_0))² at x_t = (1 − t) x_0 + t x_1; x (B, D), t (B, 1)."""
+    """mean (v(x_t, t) − (x_1 − x_0))² at x_t = (1 − t) x_0 + t x_1; x (B, …), t (B, 1, …)."""
+    v = checked("v", v)
+    check_shape("x_0", x_0, *x_1.shape)
+    check_shape("t", t, len(x_1), *[1] * (x_1.ndim - 1))
     x_t = (1 - t) * x_0 + t * x_1
     return (v(x_t, t) - (x_1 - x_0)).square().mean()
 
 
 @torch.no_grad()
-def sample_flow(v: Velocity, x_0: Tensor, K: int) -> Tensor:
-    """The acting policy: K Euler steps of dx = v dt from the noise x_0 (B, D), clipped to ±1."""
+def sample_flow(v: Velocity, x_0: Tensor, K: int, box: Box = (-1, 1)) -> Tensor:
+    """The acting policy: K Euler steps of dx = v dt from the noise x_0 (B, …), then the clip."""
+    v = checked("v", v)
     times, _ = schedule(K, x_0)
     x = x_0
     for t in times:
         x = x + v(x, t) / K
-    return x.clamp(-1, 1)
+    return clip(x, box)
 
 
 def td_target(rewards: Tensor, masks: Tensor, q_next: Tensor, gamma_H: float, rho: float) -> Tensor:
@@ -103,9 +142,12 @@ def simulate_sde(
     The drift is b + σu, b = 2 v_base − X/τ and σu = 2 (v_ft − v_base). The last step of the
     training chain is the noise-free X_K = X_{K−1} + h v_base (authors' code). With `exact` every
     step is controlled and noisy: for that chain Theorem 1 has no discretisation error.
-    x_0 (B, D), noise (K, B, D) standard normal -> X_0 … X_K (K + 1, B, D), without gradient.
+    x_0 (B, …), noise (K, B, …) standard normal -> X_0 … X_K (K + 1, B, …), without gradient.
     """
+    v_fine = checked("v_fine", v_fine)
+    v_base = checked("v_base", v_base)
     K = len(noise)
+    check_shape("noise", noise, K, *x_0.shape)
     h = 1 / K
     t, g = schedule(K, x_0)
     controlled_steps = K if exact else K - 1
@@ -119,13 +161,14 @@ def simulate_sde(
     return torch.stack(path)
 
 
-def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor) -> Tensor:
-    """∇_x mean_E Q(clip(x, −1, 1)), none outside the box; q maps (B, D) to (E, B); (B, D)."""
+def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor, box: Box = (-1, 1)) -> Tensor:
+    """∇_x mean_E Q(clip(x)), none outside the box; q maps (B, …) to (E, B); (B, …)."""
     with torch.enable_grad():
         x = x_1.detach().requires_grad_()
-        value = q(x.clamp(-1, 1)).mean(0).sum()
-        (gradient,) = torch.autograd.grad(value, x)
-    return gradient
+        values = q(clip(x, box))
+        check_shape("q(x)", values, len(values), len(x))
+        value = values.mean(0)
+        return pull_back("q", value, x, torch.ones_like(value))
 
 
 def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool = False) -> Tensor:
@@ -134,75 +177,72 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
         ã_k = ã_{k+1} + h (∂_x [2 v_base(X_k, t_k + h) − X_k/(t_k + h)])ᵀ ã_{k+1}
 
     v_base is asked at t_k + h (authors' code); with `exact` at t_k, the time of the step, which
-    makes ã the derivative of the base chain. path (K + 1, B, D), terminal ã_K = −∇Q (B, D)
-    -> ã_0 … ã_K (K + 1, B, D), without gradient.
+    makes ã the derivative of the base chain. path (K + 1, B, …), terminal ã_K = −∇Q (B, …)
+    -> ã_0 … ã_K (K + 1, B, …), without gradient.
     """
+    v_base = checked("v_base", v_base)
     K = len(path) - 1
-    t, _ = schedule(K, path)
+    check_shape("terminal", terminal, *path[0].shape)
+    t, _ = schedule(K, terminal)
     adjoint = [terminal]
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
         time = t[k] if exact else pole
         with torch.enable_grad():
             x = path[k].detach().requires_grad_()
-            drift = 2 * v_base(x, time) - x / pole
-            (pulled_back,) = torch.autograd.grad(drift, x, adjoint[-1])
-        adjoint.append(adjoint[-1] + pulled_back / K)
+            pulled_back = pull_back("v_base", v_base(x, time), x, adjoint[-1])
+        drift_gradient = 2 * pulled_back - adjoint[-1] / pole
+        adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
 
 
 def velocity_gap(v_fine: Velocity, v_base: Velocity, path: Tensor) -> Tensor:
-    """Δv_k = (v_ft − v_base)(X_k, t_k), k < K; path (K + 1, B, D) -> (K, B, D); ∇ to v_ft only."""
+    """Δv_k = (v_ft − v_base)(X_k, t_k), k < K; path (K + 1, B, …) -> (K, B, …); ∇ to v_ft only."""
+    v_fine = checked("v_fine", v_fine)
+    v_base = checked("v_base", v_base)
     x = path[:-1]
-    t, _ = schedule(len(x), x)
+    t, _ = schedule(len(x), x[0])
     with torch.no_grad():
         base = v_base(x, t)
     return v_fine(x, t) - base
 
 
-def control(gap: Tensor, lam: Tensor | float) -> Tensor:
-    """u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ; gap (K, B, D) -> (K, B, D)."""
-    _, g = schedule(len(gap), gap)
-    sigma = g / lam**0.5
-    return 2 * gap / sigma
+def squared_norm(x: Tensor) -> Tensor:
+    """Σ_k ‖x_k‖² over all but the batch; x (K, B, …) -> (B,)."""
+    return x.square().flatten(2).sum((0, 2))
 
 
 def adjoint_matching_loss(gap: Tensor, adjoint: Tensor, lam: Tensor | float) -> Tensor:
     """Adjoint matching (Eq. 5): mean_B Σ_k ‖u_k + σ_k ã_k‖², u_k = 2 Δv_k/σ_k, σ_k = g_k/√λ.
 
-    gap, adjoint (K, B, D). Training pairs u_k with ã_k, lean_adjoint(…)[:-1] (authors' code);
+    gap, adjoint (K, B, …). Training pairs u_k with ã_k, lean_adjoint(…)[:-1] (authors' code);
     at the exact optimum of the discrete problem it pairs with ã_{k+1}, lean_adjoint(…)[1:].
     """
-    _, g = schedule(len(gap), gap)
+    check_shape("adjoint", adjoint, *gap.shape)
+    _, g = schedule(len(gap), gap[0])
     sigma = g / lam**0.5
-    residual = control(gap, lam) + sigma * adjoint
-    return residual.square().sum((0, 2)).mean()
+    u = 2 * gap / sigma
+    return squared_norm(u + sigma * adjoint).mean()
 
 
 def path_kl(gap: Tensor) -> Tensor:
-    """KL(P^u ‖ P^base) by Girsanov (Theorem 1, Eq. 8): Σ_k (2h/g_k²) ‖Δv_k‖²; λ cancels.
+    """KL(P^u ‖ P^base) by Girsanov (Theorem 1, Eq. 8): Σ_k (h/2λ) ‖u_k‖² = Σ_k (2h/g_k²) ‖Δv_k‖².
 
-    gap (K, B, D) along paths of P^u -> nats (B,); their mean estimates the KL.
+    λ cancels. gap (K, B, …) along paths of P^u -> nats (B,); their mean estimates the KL.
     """
     K = len(gap)
-    _, g = schedule(K, gap)
-    return (2 / K * gap.square() / g.square()).sum((0, 2))
-
-
-def path_kl_from_control(u: Tensor, lam: Tensor | float) -> Tensor:
-    """The same KL in terms of the control: Σ_k (h/2λ) ‖u_k‖²; u (K, B, D) -> nats (B,)."""
-    K = len(u)
-    return u.square().sum((0, 2)) / (2 * lam * K)
+    _, g = schedule(K, gap[0])
+    return (2 / K * gap.square() / g.square()).flatten(2).sum((0, 2))
 
 
 def closed_form_kl(adjoint: Tensor, lam: Tensor | float) -> Tensor:
     """The KL as a closed form in λ, along the target u = −σã: KL(λ) = (1/2λ²) Σ_k h g_k² ‖ã_k‖².
 
-    adjoint (K, B, D), paired as in `adjoint_matching_loss` -> nats (B,).
+    adjoint (K, B, …), paired as in `adjoint_matching_loss` -> nats (B,).
     """
     K = len(adjoint)
-    _, g = schedule(K, adjoint)
-    return (g * adjoint).square().sum((0, 2)) / (2 * lam**2 * K)
+    _, g = schedule(K, adjoint[0])
+    return squared_norm(g * adjoint) / (2 * lam**2 * K)
 
 
 def dual_step(
@@ -226,6 +266,81 @@ def dual_step(
     return kl_ema, dual
 
 
+# =============================================================================== your own flow
+def adapt(
+    net: Callable[..., Tensor],
+    *conditions: Tensor,
+    event_dims: int,
+    reverse: bool = False,
+    stepwise: bool = False,
+) -> Velocity:
+    """v(x, t) of a network net(x (N, …), t (N,), *conditions (N, …)), as many are written.
+
+    A chunk has `event_dims` dimensions: 2 for (H, A), 1 for (D,). Conditions (B, …), such as
+    observations, are repeated for each of the K steps. `reverse`: the network has its noise at
+    t = 1 and predicts noise − action. `stepwise`: it is asked for one step at a time, to save
+    memory, or where it holds a prefix for B rows itself.
+    """
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        if stepwise and x.ndim == event_dims + 2:
+            return torch.stack([v(x[k], t[k]) for k in range(len(x))])
+        rows = x.flatten(0, -1 - event_dims)  # N = K·B, or B
+        times = t.expand_as(x).reshape(len(rows), -1)[:, 0]
+        repeated = [torch.cat([c] * (len(rows) // len(c))) for c in conditions]
+        out = -net(rows, 1 - times, *repeated) if reverse else net(rows, times, *repeated)
+        check_shape("net(x, t, …)", out, *rows.shape)
+        return out.view(x.shape)
+
+    return v
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the precision of a network, be it in half precision."""
+    return torch.allclose(a, b, 1e-2, 1e-2)
+
+
+@torch.no_grad()
+def first_aid(
+    v_fine: Velocity,
+    v_base: Velocity,
+    learning: list[Tensor],
+    x_0: Tensor,
+    x_1: Tensor,
+    t: Tensor,
+    box: Box = (-1, 1),
+) -> float:
+    """To be called once before fine-tuning: finds what would go wrong without an error.
+
+    learning: the parameters that the optimizer moves. x_0, x_1 (B, …): noise, and chunks of your
+    data, of different observations; t (B, 1, …) in (0, 1). Raises ValueError. Returns the
+    flow-matching loss of v_base: if it is not near that of the pretraining, then the direction of
+    time, the sign or the scale of actions is another one.
+    """
+    if not torch.equal(x_1, clip(x_1, box)):
+        raise ValueError(f"expected actions in {box}, got some outside: normalise, or give `box`")
+    loss = flow_matching_loss(v_base, x_0, x_1, t).item()
+    x = torch.stack([x_0, x_1])  # K = 2
+    times, _ = schedule(2, x_0)
+    for name, v in {"v_base": v_base, "v_fine": v_fine}.items():
+        out = v(x, times)
+        if not same(out, v(x, times)):
+            raise ValueError(f"expected {name} to repeat itself: put it into eval(), for dropout")
+        if not same(out, torch.stack([v(x[k], times[k]) for k in range(2)])):
+            raise ValueError(f"expected {name}(x, t)[k] to be {name}(x[k], t[k]): use `adapt`")
+
+    weights = [p.clone() for p in learning]
+    before = v_base(x, times)
+    for p in learning:
+        p.add_(1)
+    after = v_base(x, times)
+    for p, weight in zip(learning, weights, strict=True):
+        p.copy_(weight)
+    if not same(before, after):
+        raise ValueError("expected v_base to stay where v_fine moves: deepcopy the network")
+    return loss
+
+
 # ======================================================================== imports of the program
 import copy
 import csv
@@ -237,6 +352,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -479,6 +595,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     data: Literal["auto", "ogbench", "scripted"] = "auto"  # scripted: collected here; auto: either
     dataset_dir: str = "~/.ogbench/data"  # folder of datasets, downloaded or collected if need be
+    dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
     workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each
@@ -512,7 +629,8 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     lr: float = 3e-4  # Adam's learning rate, offline and online
     pretrain_lr: float = 3e-4  # Adam's learning rate in pretraining
     pretrain_decay: bool = False  # cosine decay of it, to 0
-    pretrain_steps: int = 300_000  # updates of behaviour cloning
+    pretrain_steps: int = 300_000  # updates of behaviour cloning; with --pretrained 0
+    pretrained: str | None = None  # flow to start from: checkpoint.pt, or the authors' params_*.pkl
     offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
@@ -564,16 +682,19 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
 
 
 SIZES = ["width", "layers", "critics", "chunk", "batch", "transitions", "workers"]
-SIZES += ["pretrain_steps", "eval_interval", "eval_episodes", "final_episodes", "log_interval"]
+SIZES += ["eval_interval", "eval_episodes", "final_episodes", "log_interval"]
+COUNTS = ["seed", "data_seed", "pretrain_steps", "offline_steps", "online_steps", "online_start"]
 LIMITS = {
     "task": (1, 5),
     "gamma": (0, 1),
     "rho": (0, 100),
+    "tau": (0, 1),
     "flow_steps": (2, 1000),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
     **dict.fromkeys(SIZES, (1, 10**9)),
-    **dict.fromkeys(["seed", "data_seed", "offline_steps", "online_steps"], (0, 10**9)),
+    **dict.fromkeys(COUNTS, (0, 10**9)),
+    **dict.fromkeys(["lr", "pretrain_lr", "save_minutes"], (0, math.inf)),
 }
 
 
@@ -638,6 +759,19 @@ STACK = {  # range of the probability that an episode of a cube domain stacks
     "cube-triple": (0.05, 0.35),
     "cube-quadruple": (0.1, 0.5),
     "cube-octuple": (0, 0.35),
+}
+
+
+HOSTS = [  # OGBench's, and mirrors: one its maintainer names, one of TRQAM's authors
+    ogbench.utils.DATASET_URL,
+    "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main",
+    "https://huggingface.co/datasets/yonghoon96/ogbench-mirror/resolve/main",
+]
+SHA256 = {  # of the sets whose sums are on record
+    "cube-single-play-v0": "80f3b6fd27f4f9d9e9eb6f0d07d6951559012f45b1e15ea4046ef8ecd8d3684e",
+    "cube-single-play-v0-val": "96d07401bdebdc3f0ea6d56ed1333863e0962f441483adc2c43b83105046eb00",
+    "cube-double-play-v0": "a73d1a33d029cedb8bc170ef94791ec585fa2d9450096f4f2a02b8cfbcf608c9",
+    "cube-double-play-v0-val": "b1fcdf4bd40750351a58d0d491d6be198366ce898f0c6a2e4cb5db331966013e",
 }
 
 
@@ -758,6 +892,32 @@ def collect(cfg: Config, path: Path) -> None:
     save_episodes(path.with_name(f"{path.stem}-val.npz"), episodes[n:])
 
 
+def download(name: str, folder: Path, hosts: list) -> None:
+    """Bring a set from the first host that has the whole of it.
+
+    Raises ConnectionError if no host can be reached, OSError if one can and sends something else.
+    """
+    socket.setdefaulttimeout(10)  # seconds, of a host that falls silent
+    failures = []
+    kind: type[OSError] = ConnectionError
+    for host in hosts:
+        ogbench.utils.DATASET_URL = host
+        try:
+            ogbench.download_datasets([name], str(folder))
+            for file in folder.iterdir():
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                if not zipfile.is_zipfile(file) or digest != SHA256.get(file.stem, digest):
+                    raise OSError(f"expected the whole of {file.name}, got a part or another file")
+            return
+        except (OSError, http.client.HTTPException) as error:
+            failures.append(f"{error!r} of {host}")
+            if isinstance(error, urllib.error.HTTPError) or any(folder.iterdir()):
+                kind = OSError
+        for file in folder.iterdir():
+            file.unlink()
+    raise kind("; ".join(failures))
+
+
 def prepare_data(cfg: Config) -> Path:
     """The dataset's file, downloaded or collected where it is not there yet.
 
@@ -784,19 +944,16 @@ def prepare_data(cfg: Config) -> Path:
         unfinished.mkdir()
         if path == official and not path.exists():  # another process may have brought it
             try:
-                socket.setdefaulttimeout(10)  # seconds, of a host that falls silent
-                ogbench.download_datasets([name], str(unfinished))
-            except (OSError, http.client.HTTPException) as error:
-                answered = isinstance(error, urllib.error.HTTPError) or any(unfinished.iterdir())
-                if answered or cfg.data == "ogbench" or not collectable:
-                    raise OSError(f"expected dataset {name}, got {error!r}; {wanted}") from error
-                say(f"{error!r}; going on with data of OGBench's scripted oracles")
+                download(name, unfinished, [cfg.dataset_url] if cfg.dataset_url else HOSTS)
+            except OSError as error:
+                reached = not isinstance(error, ConnectionError)
+                if reached or cfg.data == "ogbench" or not collectable:
+                    raise OSError(f"expected dataset {name}, got {error}; {wanted}") from error
+                say(f"{error}; going on with data of OGBench's scripted oracles")
                 path = scripted
         if path == scripted and not path.exists():
             collect(cfg, unfinished / path.name)
         for file in sorted(unfinished.iterdir()):  # -val first: the other says that both are there
-            if not zipfile.is_zipfile(file):
-                raise ConnectionError(f"expected the whole of {file.name}, got a part; start again")
             file.replace(folder / file.name)
         unfinished.rmdir()
     return path
@@ -853,7 +1010,7 @@ def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
     actions = data["actions"]
     shapes = env.observation_space.shape, env.action_space.shape
     got = observations.shape[1:], actions.shape[1:]
-    largest = np.abs(observations).max(), np.abs(actions).max()
+    largest = np.abs(observations).max().item(), np.abs(actions).max().item()
     if got != shapes or not np.isfinite(largest[0]) or not largest[1] < 1 + 1e-5:
         expected = f"finite observations and actions in [-1, 1] of shapes {shapes}"
         raise OSError(f"expected {expected} in {path}, got {got}, at most {largest}")
@@ -1041,21 +1198,6 @@ def save_checkpoint(path, agent, generator, buffer, progress, facts) -> None:
         torch.save(content, file)
 
 
-def restore(saved, agent, generator, buffer, facts) -> Progress:
-    """The mirror image of `save_checkpoint`. Raises ValueError if the data are other ones."""
-    if saved["data"] != facts["sha256"]:
-        raise ValueError(f"expected the run's data, got other ones: {facts['path']}")
-    if saved["progress"]["step"] >= agent.cfg.pretrain_steps:
-        agent.start_fine_tuning()
-    agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(saved["optimizer"])
-    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
-    if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
-        generator.set_state(saved["generator"])
-    buffer.add(saved["online"])
-    return Progress(**saved["progress"])
-
-
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running code from it. Raises OSError."""
     try:
@@ -1073,6 +1215,22 @@ def load_checkpoint(path: Path) -> dict:
     return saved
 
 
+def restore(path, agent, generator, buffer, facts) -> Progress:
+    """The mirror image of `save_checkpoint`. Raises ValueError if the data are other ones."""
+    saved = load_checkpoint(path)
+    if saved["data"] != facts["sha256"]:
+        raise ValueError(f"expected the run's data, got other ones: {facts['path']}")
+    if saved["progress"]["step"] >= agent.cfg.pretrain_steps:
+        agent.start_fine_tuning()
+    agent.load_state_dict(saved["agent"])
+    agent.optimizer.load_state_dict(saved["optimizer"])
+    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
+    if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
+        generator.set_state(saved["generator"])
+    buffer.add(saved["online"])
+    return Progress(**saved["progress"])
+
+
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent of a run's checkpoint.pt. Raises OSError if there is none or it is damaged."""
     saved = load_checkpoint(Path(path))
@@ -1082,6 +1240,64 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     if saved["progress"]["step"] < cfg.pretrain_steps:
         agent.start_fine_tuning()  # so that it acts by the partly trained flow
     return agent
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of arrays in containers, and refuses one with anything else in it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = r"numpy(\._?core\.\w+)? (_reconstruct|_frombuffer|ndarray|dtype|scalar)"
+        if not re.fullmatch(arrays, f"{module} {name}"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def load_flow(path: Path) -> tuple[dict, dict]:
+    """Weights of a pretrained flow, and its sizes in the words of `Config`. Raises OSError.
+
+    From a checkpoint of ours, of any task, or the authors' pickle (flax names, without jax).
+    """
+    try:
+        flow = {}
+        if zipfile.is_zipfile(path):
+            for name, x in load_checkpoint(path)["agent"].items():
+                if name.startswith("base."):
+                    flow[name.removeprefix("base.")] = x
+        else:
+            names = {
+                "Dense kernel": "weights",
+                "Dense bias": "biases",
+                "LayerNorm scale": "scales",
+                "LayerNorm bias": "offsets",
+            }
+            with open(path, "rb") as file:
+                network = ArraysOnly(file).load()["agent"]["network"]["params"]
+            layers = network["modules_actor_slow"]
+            for layer, arrays in layers.get("mlp", layers).items():
+                kind, i = layer.split("_")
+                for name, array in arrays.items():
+                    ours = names[f"{kind} {name}"]
+                    flow[f"{ours}.{i}"] = torch.tensor(array)
+        n_layers = sum(name.startswith("biases") for name in flow)
+        sizes = {
+            "width": len(flow["biases.0"]),
+            "layers": n_layers - 1,
+            "flow_layer_norm": "scales.0" in flow,
+        }
+    except OSError:
+        raise
+    except Exception as error:  # of damaged and of hostile files, many kinds
+        raise OSError(f"expected a pretrained flow, got {path}: {error!r}") from error
+    return flow, sizes
+
+
+def start_from(agent: Agent, path: Path) -> None:
+    """Take a pretrained flow as `base`. Raises OSError, and ValueError if its sizes are others."""
+    flow, _ = load_flow(path)
+    try:
+        agent.base.load_state_dict(flow)
+    except RuntimeError as error:
+        raise ValueError(f"expected a flow of the run's sizes in {path}, got {error}") from error
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -1120,7 +1336,6 @@ def train(cfg: Config) -> None:
     # the state: new, or from a checkpoint
     run_dir = cfg.checkpoint.parent
     run_dir.mkdir(parents=True, exist_ok=True)
-    saved = load_checkpoint(cfg.checkpoint) if cfg.checkpoint.exists() else None
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     cfg = replace(cfg, data=facts["source"])
@@ -1129,9 +1344,11 @@ def train(cfg: Config) -> None:
     held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # never change
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
     progress = Progress()
-    if saved:
-        progress = restore(saved, agent, generator, buffer, facts)
+    if cfg.checkpoint.exists():
+        progress = restore(cfg.checkpoint, agent, generator, buffer, facts)
         say(f"resuming at step {progress.step}")
+    elif cfg.pretrained:
+        start_from(agent, Path(cfg.pretrained))
     write_config(run_dir / "config.json", cfg, facts)
 
     # the plan: which step ends a phase, and when to evaluate
@@ -1146,6 +1363,8 @@ def train(cfg: Config) -> None:
     while True:
         # evaluate, save, stop
         step = progress.step
+        if step == ends["pretrain"]:
+            agent.start_fine_tuning()
         if step in evaluations and step not in [row["step"] for row in progress.eval]:
             final = step in ends.values()
             episodes = cfg.final_episodes if final else cfg.eval_episodes
@@ -1178,8 +1397,6 @@ def train(cfg: Config) -> None:
             else:
                 metrics = agent.update(batch, noise)
             progress.add(metrics)
-        if step == ends["pretrain"]:
-            agent.start_fine_tuning()
         bar.update()
         if progress.updates and (step % cfg.log_interval == 0 or step in ends.values()):
             row = {"step": step, "phase": phase, **progress.average(), "kl_budget": cfg.kl_budget}
@@ -1199,7 +1416,7 @@ def train(cfg: Config) -> None:
 # =================================================================================== command line
 SWITCHES = {"resume": False, "eval_only": False, "video": False}
 # what a run that goes on can't change
-FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps"]
+FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
 
 
@@ -1231,6 +1448,9 @@ def parse(args: list[str]) -> Config:
         default = Config(**saved["config"] | SWITCHES | {"run_dir": cfg.run_dir})
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
+        if cfg.pretrained:
+            _, sizes = load_flow(Path(cfg.pretrained))
+            default = replace(default, pretrain_steps=0, **sizes)
     about = __doc__.split("\n    obs ")[0]
     cfg = resolve(tyro.cli(Config, args=args, default=default, description=about))
     check(cfg)
