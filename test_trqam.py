@@ -808,6 +808,7 @@ cube-single    0    0    -1
 cube-double    0    0.25 -1
 cube-triple    0.05 0.35 -1
 cube-quadruple 0.1  0.5  -1
+cube-octuple   0    0.35 -1
 puzzle-3x3     0.5  0.5  -1
 scene          0.5  0.5  -0.19
 scene          0.5  0.5  0.56
