@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import http.server
 import itertools
 import json
@@ -37,7 +38,6 @@ from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
-import ogbench
 import pytest
 import torch
 import torch.nn.functional as F
@@ -564,7 +564,8 @@ def laboratory(tmp_path_factory):
         patch.setenv("HOME", str(home))
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setattr(gymnasium, "make", make_or_take)
-        patch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9")
+        patch.setattr(trqam, "HOSTS", ["http://127.0.0.1:9"])
+        patch.setattr(trqam, "SHA256", {})
         yield
 
 
@@ -895,7 +896,15 @@ def test_killed_collection_leaves_nothing():
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
-    """Serves this folder; of each file a part, then nothing for a while."""
+    """Serves this folder; of each file a part, then nothing for a while. Some have moved."""
+
+    def do_GET(self):
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("moved", "host"))
+            self.end_headers()
+        else:
+            super().do_GET()
 
     def copyfile(self, source, target):
         whole = source.read()
@@ -905,10 +914,12 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host; patience with it is five times shorter."""
+    """A host that nothing is wrong with; patience with it is five times shorter."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    url = f"http://127.0.0.1:{server.server_port}/host"
-    monkeypatch.setattr(ogbench.utils, "DATASET_URL", url)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.parts = 1
+    server.pause = 0
+    monkeypatch.setattr(trqam, "HOSTS", [f"{server.url}/host"])
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -943,6 +954,20 @@ def test_data_that_come_in_part_are_an_error(folder, parts, pause, text, host):
     host.parts = 1
     trqam.prepare_data(cfg)
     assert files("data").items() >= files("host").items()
+
+
+def test_mirrors_are_tried_in_turn(host, monkeypatch):
+    """The first that has the whole set, by its sum where that is known, also where it has moved."""
+    write_dataset("host")
+    write_dataset("liar", actions=np.zeros((153, 5)))
+    digest = hashlib.sha256(Path("host/cube-single-play-v0.npz").read_bytes()).hexdigest()
+    monkeypatch.setattr(trqam, "SHA256", {"cube-single-play-v0": digest})
+    hosts = ["http://127.0.0.1:9", f"{host.url}/none", f"{host.url}/liar", f"{host.url}/moved"]
+    monkeypatch.setattr(trqam, "HOSTS", hosts)
+    trqam.prepare_data(tiny("--dataset-dir data"))
+    assert files("data").items() >= files("host").items()
+    with pytest.raises(OSError, match=r"got a part or another file.*/liar"):
+        trqam.prepare_data(tiny(f"--dataset-dir other --dataset-url {host.url}/liar"))
 
 
 @pytest.mark.parametrize(

@@ -595,6 +595,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     data: Literal["auto", "ogbench", "scripted"] = "auto"  # scripted: collected here; auto: either
     dataset_dir: str = "~/.ogbench/data"  # folder of datasets, downloaded or collected if need be
+    dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
     workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each
@@ -761,6 +762,19 @@ STACK = {  # range of the probability that an episode of a cube domain stacks
 }
 
 
+HOSTS = [  # OGBench's, and mirrors: one its maintainer names, one of TRQAM's authors
+    ogbench.utils.DATASET_URL,
+    "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main",
+    "https://huggingface.co/datasets/yonghoon96/ogbench-mirror/resolve/main",
+]
+SHA256 = {  # of the sets whose sums are on record
+    "cube-single-play-v0": "80f3b6fd27f4f9d9e9eb6f0d07d6951559012f45b1e15ea4046ef8ecd8d3684e",
+    "cube-single-play-v0-val": "96d07401bdebdc3f0ea6d56ed1333863e0962f441483adc2c43b83105046eb00",
+    "cube-double-play-v0": "a73d1a33d029cedb8bc170ef94791ec585fa2d9450096f4f2a02b8cfbcf608c9",
+    "cube-double-play-v0-val": "b1fcdf4bd40750351a58d0d491d6be198366ce898f0c6a2e4cb5db331966013e",
+}
+
+
 def seed_of(stream: int, *key: int) -> int:
     """An independent 32-bit seed for every stream and key, of any length."""
     entropy = (stream, len(key), *key)  # numpy's own padding takes (0, 1) for (0, 1, 0)
@@ -878,6 +892,32 @@ def collect(cfg: Config, path: Path) -> None:
     save_episodes(path.with_name(f"{path.stem}-val.npz"), episodes[n:])
 
 
+def download(name: str, folder: Path, hosts: list) -> None:
+    """Bring a set from the first host that has the whole of it.
+
+    Raises ConnectionError if no host can be reached, OSError if one can and sends something else.
+    """
+    socket.setdefaulttimeout(10)  # seconds, of a host that falls silent
+    failures = []
+    kind: type[OSError] = ConnectionError
+    for host in hosts:
+        ogbench.utils.DATASET_URL = host
+        try:
+            ogbench.download_datasets([name], str(folder))
+            for file in folder.iterdir():
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                if not zipfile.is_zipfile(file) or digest != SHA256.get(file.stem, digest):
+                    raise OSError(f"expected the whole of {file.name}, got a part or another file")
+            return
+        except (OSError, http.client.HTTPException) as error:
+            failures.append(f"{error!r} of {host}")
+            if isinstance(error, urllib.error.HTTPError) or any(folder.iterdir()):
+                kind = OSError
+        for file in folder.iterdir():
+            file.unlink()
+    raise kind("; ".join(failures))
+
+
 def prepare_data(cfg: Config) -> Path:
     """The dataset's file, downloaded or collected where it is not there yet.
 
@@ -904,19 +944,16 @@ def prepare_data(cfg: Config) -> Path:
         unfinished.mkdir()
         if path == official and not path.exists():  # another process may have brought it
             try:
-                socket.setdefaulttimeout(10)  # seconds, of a host that falls silent
-                ogbench.download_datasets([name], str(unfinished))
-            except (OSError, http.client.HTTPException) as error:
-                answered = isinstance(error, urllib.error.HTTPError) or any(unfinished.iterdir())
-                if answered or cfg.data == "ogbench" or not collectable:
-                    raise OSError(f"expected dataset {name}, got {error!r}; {wanted}") from error
-                say(f"{error!r}; going on with data of OGBench's scripted oracles")
+                download(name, unfinished, [cfg.dataset_url] if cfg.dataset_url else HOSTS)
+            except OSError as error:
+                reached = not isinstance(error, ConnectionError)
+                if reached or cfg.data == "ogbench" or not collectable:
+                    raise OSError(f"expected dataset {name}, got {error}; {wanted}") from error
+                say(f"{error}; going on with data of OGBench's scripted oracles")
                 path = scripted
         if path == scripted and not path.exists():
             collect(cfg, unfinished / path.name)
         for file in sorted(unfinished.iterdir()):  # -val first: the other says that both are there
-            if not zipfile.is_zipfile(file):
-                raise ConnectionError(f"expected the whole of {file.name}, got a part; start again")
             file.replace(folder / file.name)
         unfinished.rmdir()
     return path
