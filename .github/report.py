@@ -39,7 +39,8 @@ ORDER = [*PAPER, "pretrained", "TRQAM", "QAM"]  # of domains and methods; others
 DEFAULT_TASK = {"maze": 1, "soccer": 4, "cube": 2, "scene": 2, "puzzle-4x[56]": 2, "puzzle": 4}
 # settings in which the runs of a cell may differ
 OWN = {"env", "task", "seed", "kl_budget", "run_dir", "resume", "pretrained", "device", "workers"}
-OWN |= {"dataset_dir", "data_used", "versions", "torch_build", "threads", "command", "save_minutes"}
+OWN |= {"log_interval", "eval_interval", "eval_episodes", "dataset_dir", "dataset_url"}
+OWN |= {"data_used", "versions", "torch_build", "threads", "command", "save_minutes"}
 COLUMNS = "level domain method task seed success std low high pretrained paper paper_std runs"
 COLUMNS += " episodes path_kl kl_budget missing folder"
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)  # what is raised
