@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -31,7 +30,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -43,10 +41,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis.strategies import booleans, floats, integers, lists, none, sampled_from
-from torch.autograd import grad
 from torch.fx.experimental import _config as fx_config
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.optim import Adam
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,7 +72,6 @@ flow_loss      sum    2.0151501966286243   2.584983009941795  0.4783592190717729
 path_kl        sum    1.2288984360733517   0.894984937933437  0.9179972797140844
 critic_loss    sum     7.013804645283311  17.462941889069572   4.306948289991458
 q_mean         sum    0.2767926792528065  0.7216761855600567 0.11318928000405266
-lam_after      sum                 2.988     2.9783849548138   2.970985405985363
 kl_ema         sum                   0.1  0.1794984937933437  0.2533483723854178
 dual           sum                 0.996  0.9927949849379334  0.9903284686617876
 base           norm     5.47823025590607    5.47761484219633   5.477124139038693
@@ -134,7 +129,7 @@ def golden_inputs(cfg, s):
 
 def layers_of(net):
     """Weight, bias, and scale and offset of the LayerNorm that follows, or None, of each layer."""
-    return zip_longest(net.weights, net.biases, net.scales, net.offsets)
+    return itertools.zip_longest(net.weights, net.biases, net.scales, net.offsets)
 
 
 def fill(agent):
@@ -160,10 +155,10 @@ def vector_of(net):
 
 
 def updated(agent, update, *inputs):
-    """Metrics of an update of an agent or an oracle, ℓ, λ and all parameters after it."""
+    """Metrics of an update of an agent or an oracle, ℓ and all parameters after it."""
     metrics = getattr(agent, update)(*inputs)
     vectors = {name: vector_of(getattr(agent, name)) for name in NETS}
-    return metrics | vectors | {"dual": agent.dual, "lam_after": agent.lam}
+    return metrics | vectors | {"dual": agent.dual}
 
 
 # ======================================================================================== oracle
@@ -209,11 +204,6 @@ class Oracle:
         for name in [*NETS, "dual", "kl_ema"]:
             setattr(self, name, copy.deepcopy(getattr(agent, name)))
 
-    @property
-    def lam(self):
-        fixed = self.cfg.fixed_lambda
-        return 3 * self.dual if fixed is None else fixed + 0 * self.dual
-
     def critic_terms(self, obs, actions, next_obs, rewards, masks, x_next, **_):
         cfg = self.cfg
         next_chunk = euler(self.policy, next_obs, x_next, cfg.flow_steps)
@@ -248,14 +238,16 @@ class Oracle:
             base_step = x + (2 * v_base(x, later) - x / later) / K
             path.append(step.detach() + base_step - base_step.detach())
         q = network(self.target_critic, obs, path[-1].clamp(-1, 1)).mean(0)
-        *adjoint, terminal = grad(-q.sum(), path)
+        *adjoint, terminal = torch.autograd.grad(-q.sum(), path)
         size = terminal.abs()
-        sigma = g / self.lam.sqrt()
+        fixed = self.cfg.fixed_lambda
+        lam = 3 * self.dual if fixed is None else fixed + 0 * self.dual
+        sigma = g / lam.sqrt()
         u = 2 * torch.stack(gaps) / sigma
         target = sigma * torch.stack(adjoint)
-        kl_of = 1 / (2 * K * self.lam * self.cfg.chunk)
+        kl_of = 1 / (2 * K * lam * self.cfg.chunk)
         return {
-            "lam": self.lam,
+            "lam": lam,
             "matching_loss": squared_norm(u + target),
             "path_kl": squared_norm(u).detach() * kl_of,
             "target_kl": squared_norm(target) * kl_of,
@@ -266,7 +258,7 @@ class Oracle:
     def descend(self, loss, lr, *names):
         """Adam by the gradient of these networks, clipped to norm 1 all together."""
         learning = [p for name in names for p in getattr(self, name).parameters()]
-        self.adam = self.adam or Adam(learning, lr)
+        self.adam = self.adam or torch.optim.Adam(learning, lr)
         self.adam.zero_grad()
         loss.backward(inputs=learning)
         norm = clip_grad_norm_(learning, 1)
@@ -409,7 +401,13 @@ PAPERS_FLAGS = """
 --layers 4 --flow-steps 10 --batch 256 --lr 3e-4 --tau 0.005 --pretrain-lr 3e-4 --no-pretrain-decay
 --pretrain-steps 300000 --offline-steps 1000000 --online-steps 0 --online-start 5000
 --eval-interval 50000 --eval-episodes 50 --final-episodes 50 --log-interval 1000
---transitions 1000000 --task None --fixed-lambda None --no-frozen-base
+--transitions 1000000 --task None --fixed-lambda None --no-frozen-base --save-minutes 5 --seed 0
+--data-seed 0 --data auto --dataset-dir ~/.ogbench/data
+"""
+LAPTOPS_FLAGS = """
+--width 256 --flow-steps 5 --batch 128 --lr 6e-4 --tau 0.01 --kl-budget 0.5 --pretrain-lr 1e-3
+--pretrain-decay --pretrain-steps 30000 --offline-steps 8000 --eval-interval 2000
+--eval-episodes 10 --log-interval 250 --transitions 300000
 """
 
 
@@ -419,20 +417,16 @@ def configure(flags):
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_a_domain_has_the_settings_of_the_papers_table(row):
-    """At the paper's scale; at the laptop's, here by the full id, those of LAPTOP beat them."""
+    """At the paper's scale; at the laptop's, here by the full id, its own beat them, a flag all."""
     cfg = configure(f"--env {row[0]} --scale paper --device cpu")
     assert [str(getattr(cfg, name)) for name in COLUMNS] == row[1:]
     assert configure(f"--env {row[0]} --task 3").env == cfg.env.replace("-v0", "-task3-v0")
     laptop = configure(f"--env {cfg.env} --scale laptop --device cpu")
-    assert laptop == replace(cfg, scale="laptop", **trqam.LAPTOP)
-
-
-@pytest.mark.parametrize("domain", ["humanoidmaze-medium", "cube-triple"])
-def test_an_explicit_flag_beats_scale_and_domain(domain):
-    """Even one that gives the paper's usual setting, which is the default."""
+    flags = configure(f"--env {row[0]} --scale paper --device cpu {LAPTOPS_FLAGS}")
+    assert laptop == replace(flags, scale="laptop")
     for scale in ("paper", "laptop"):
-        cfg = configure(f"--env {domain} --scale {scale} --device cpu {PAPERS_FLAGS}")
-        assert cfg == trqam.Config(cfg.env, scale=scale, device="cpu", run_dir=cfg.run_dir)
+        flags = configure(f"--env {row[0]} --scale {scale} --device cpu {PAPERS_FLAGS}")
+        assert flags == trqam.Config(cfg.env, scale=scale, device="cpu", run_dir=cfg.run_dir)
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -487,33 +481,22 @@ def test_a_number_has_its_range(row):
             configure(f"{flag} {value}")
 
 
-def test_help_documents_every_flag(monkeypatch, capsys):
-    """By a text and the default."""
-    monkeypatch.setenv("COLUMNS", "300")
-    with pytest.raises(SystemExit, match="0"):
-        configure("--help")
-    shown = re.sub(r"[│\n]", " ", capsys.readouterr().out)
-    names = re.findall(r" {2}--([a-z-]+)(?:, --no-\S+)?(?: \S+)? {2,}\w.*? \(default: ", shown)
-    assert [name.replace("-", "_") for name in names] == list(trqam.Config.__annotations__)
-
-
 # ============================================================================ networks and agent
 
 
 def test_networks_begin_as_the_settings_say():
     """Sizes and LayerNorm; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
-    cfg = replace(SMALL, width=256, layers=1, chunk=4, flow_layer_norm=True)
+    cfg = replace(SMALL, width=1024, layers=1, chunk=4, flow_layer_norm=True)
     agent = trqam.Agent(cfg, 20, 2)
     other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
-    assert [p.shape for p in agent.base.weights] == [(29, 256), (256, 8)]
-    assert [p.shape for p in agent.critic.weights] == [(3, 28, 256), (3, 256, 1)]
+    assert [p.shape for p in agent.base.weights] == [(29, 1024), (1024, 8)]
+    assert [p.shape for p in agent.critic.weights] == [(3, 28, 1024), (3, 1024, 1)]
     assert len(agent.base.scales) == len(agent.critic.scales) == 1
     for name, p in agent.named_parameters():
         if "weights" in name:
             filled = p.flatten() / math.sqrt(6 / sum(p.shape[-2:]))
             levels = torch.linspace(0, 1, 9)
-            assert 0.98 < filled.abs().max() <= 1
-            assert_close(filled.quantile(levels), 2 * levels - 1, rtol=0, atol=0.1)
+            assert_close(filled.quantile(levels), 2 * levels - 1, rtol=0, atol=0.06)
             assert len(p.unique(dim=0)) == len(p)
             assert not (p == other[name]).any()
         else:
@@ -522,11 +505,11 @@ def test_networks_begin_as_the_settings_say():
 
 def test_acting_is_the_flow_from_seeded_noise():
     """K Euler steps of v_ft from the generator's normals, clipped, as H actions of one chunk."""
-    agent = golden_agent(flow_steps=7).float()
+    agent = golden_agent().float()
     generator = torch.Generator().manual_seed(2)
     x_0 = torch.randn(1, 4, generator=generator)
     chunk = agent.act(np.ones(3), generator.manual_seed(2))
-    assert_close(torch.tensor(chunk), euler(agent.policy, torch.ones(1, 3), x_0, 7).view(2, 2))
+    assert_close(torch.tensor(chunk), euler(agent.policy, torch.ones(1, 3), x_0, 4).view(2, 2))
 
 
 def test_noise_is_the_generators():
@@ -584,7 +567,7 @@ def write_dataset(folder, name="cube-single-play-v0", **changes):
         np.savez(f"{folder}/{name}{end}", **arrays | changes)
 
 
-def tiny(text="") -> trqam.Config:
+def tiny(text=""):
     return trqam.parse(f"{TINY} {text}".split())
 
 
@@ -599,9 +582,8 @@ def child(args, screen, prepare):
 
 def running(args, code=0, screen="screen", prepare=lambda: None):
     """A run, for `together`; it has to end with the code and to leave no process."""
-    process = multiprocessing.get_context("fork").Process(
-        target=child, args=(args, screen, prepare)
-    )
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=child, args=(args, screen, prepare))
     process.start()
     while process.is_alive():
         yield
@@ -622,7 +604,7 @@ def together(*jobs):
         time.sleep(0.002)
 
 
-def call(text="", code=0, prepare=lambda: None) -> str:
+def call(text="", code=0, prepare=lambda: None):
     """A run that has to end with the code; its screen."""
     together(running(f"{TINY} {text}".split(), code, "screen", prepare))
     return Path("screen").read_text()
@@ -643,31 +625,29 @@ def strike(moment, action, *args):
     setattr(owner, name, struck)
 
 
-def read_csv(path) -> list[dict]:
+def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def contents(run_dir) -> dict:
+def contents(run_dir):
     """All of a run that is the same to the bit in a run like it: all but times and places."""
     saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
-    saved["train.csv"] = read_csv(run_dir / "train.csv")
-    saved["eval.csv"] = read_csv(run_dir / "eval.csv")
-    progress = saved["progress"]
-    for row in [progress, *progress["train"], *saved["train.csv"]]:
-        assert float(row.pop("seconds")) > 0
+    for row in [saved["progress"], *saved["progress"]["train"]]:
+        assert row.pop("seconds") > 0
     for name in ("run_dir", "dataset_dir", "resume", "save_minutes"):
         saved["config"].pop(name)
     return json.loads(json.dumps(saved, default=torch.Tensor.tolist))
 
 
-def files(folder) -> dict:
+def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of an uninterrupted run of all phases, with its screen."""
+    """The folder of an uninterrupted run of all phases, with its screen, beside other data."""
     folder = tmp_path_factory.mktemp("finished")
+    write_dataset(folder / "other", qpos=np.zeros((153, 21)))
     args = f"{TINY} {ONLINE} --run-dir {folder}".split()
     together(running(args, 0, folder / "screen"))
     return folder
@@ -736,28 +716,25 @@ def test_play_yields_what_happens(i):
     assert env.luck == np.random.RandomState(env.seed).random_sample()
     noise = torch.Generator().manual_seed(env.seed)
     chunks = [agent.act(np.full(28, n), noise) for n in (0, 2, 4, 6)]
-    actions = [step["actions"] for step in steps]
+    actions = [step.pop("actions") for step in steps]
     np.testing.assert_array_equal(actions, np.concatenate(chunks)[:7])
     for n, step in enumerate(steps):
-        over = n == 6
-        assert (step["observations"][0], step["next_observations"][0]) == (n, n + 1)
-        assert (step["rewards"], step["terminals"]) == (-n - 1, over)
-        assert step["masks"] == 1 - over * (env.seed % 2)
+        solved = n == 6 and env.seed % 2 == 1
+        assert [np.max(x) for x in step.values()] == [n, n + 1, -n - 1, not solved, n == 6]
 
 
 def test_evaluation_averages_the_episodes():
     """Success at the end ± standard error, mean return and length."""
     row = trqam.evaluate(trqam.Agent(SMALL, 28, 5), Corridor(), 10, trqam.FINAL)
     p = np.mean([trqam.seed_of(trqam.FINAL, 0, i) % 2 for i in range(10)])
-    assert 0 < p < 1
     expected = {"success": p, "stderr": math.sqrt(p * (1 - p) / 9), "episodes": 10}
     assert row == pytest.approx(expected | {"mean_return": -28, "mean_length": 7})
 
 
 def test_every_episode_has_a_seed_of_its_own():
     """By stream, --seed and number."""
-    keys = list(itertools.product(range(4), range(3), range(50)))
-    assert len({trqam.seed_of(*key) for key in keys}) == len(keys)
+    keys = itertools.product(range(4), range(3), range(50))
+    assert len({trqam.seed_of(*key) for key in keys}) == 600
 
 
 def test_episodes_do_not_depend_on_what_was_played_before():
@@ -773,39 +750,41 @@ def test_episodes_do_not_depend_on_what_was_played_before():
 
 @pytest.fixture
 def played(monkeypatch):
-    """Environments and keys of the episodes played; each is seven steps of nothing, at once."""
+    """Environments and keys of the episodes played; all of them in the corridor."""
+    play = trqam.play
     keys = []
-    step = dict.fromkeys(("observations", "next_observations"), np.zeros(28))
-    step.update(actions=np.zeros(5), rewards=-1.0, masks=1.0)
 
-    def play(agent, env, stream, i):
+    def play_there(agent, env, stream, i):
         keys.append((env.spec.id, stream, i))
-        for n in range(7):
-            yield step | {"terminals": n == 6}, {"success": 0.0}
+        return play(agent, Corridor(), stream, i)
 
-    monkeypatch.setattr(trqam, "play", play)
+    monkeypatch.setattr(trqam, "play", play_there)
     return keys
 
 
 def test_which_episodes_are_played(played):
-    """Ends of phases: final ones, between: periodic ones; online each once; all in the task."""
+    """Ends of phases: final ones, between: periodic ones; online each once; all in the task.
+
+    The checkpoint is of the run's end, which cuts the last episode.
+    """
     text = "--pretrain-steps 4 --offline-steps 4 --online-steps 20 --online-start 5"
-    trqam.train(tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3"))
+    cfg = tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3")
+    trqam.train(cfg)
     env = "cube-single-singletask-task1-v0"
     expected = {(env, trqam.FINAL, i): 3 for i in range(3)}
     expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
     expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
     assert Counter(played) == expected
+    assert trqam.load_checkpoint(cfg.checkpoint)["progress"]["step"] == 28
 
 
 @pytest.mark.parametrize("flag, solved", [("--task 1", 0), ("--task 2", 4), ("", 4)])
 def test_rewards_are_those_of_the_task(flag, solved):
     """Four states of the data solve task 2, which is OGBench's default; none solves task 1."""
-    _, *buffers, facts = trqam.load_data(tiny(f"--chunk 1 {flag}"))
+    _, *buffers, facts = trqam.load_data(tiny(flag))
     assert facts["solved"] == solved
     for buffer in buffers:
-        batch = buffer.sample(3000, torch.Generator().manual_seed(0))
-        assert set(batch["rewards"].tolist()) == ({-1, 0} if solved else {-1})
+        assert buffer.arrays["rewards"].sum() == solved - 150
 
 
 # ========================================================================================= data
@@ -824,25 +803,30 @@ def test_oracles_are_set_as_the_authors_did(domain, monkeypatch):
     assert oracles["button"]._gripper_always_closed == (domain == "puzzle-3x3")
 
 
-STACKING = "cube-single 0 0,cube-double 0 0.25,cube-triple 0.05 0.35,cube-quadruple 0.1 0.5"
-STACKING += ",scene 0.5 0.5,puzzle-3x3 0.5 0.5"
+STACKING = """
+cube-single    0    0    -1
+cube-double    0    0.25 -1
+cube-triple    0.05 0.35 -1
+cube-quadruple 0.1  0.5  -1
+puzzle-3x3     0.5  0.5  -1
+scene          0.5  0.5  -0.19
+scene          0.5  0.5  0.56
+"""
 
 
-@pytest.mark.parametrize("row", STACKING.split(","))
+@pytest.mark.parametrize("row", STACKING.strip().splitlines())
 def test_episodes_are_collected_as_the_authors_did(row):
-    """The probability to stack; a scene that loses its cube is done again."""
-    domain, low, high = row.split()
-    held = np.full(21, 0.3)
-    fallen = held - 0.49 * (np.arange(21) == 16)
-    thrown = held + 0.51 * (np.arange(21) == 14)
+    """The probability to stack; a scene is done again if its cube left the workspace for once."""
+    domain, low, high, z = row.split()
     info = {"privileged/target_task": "x"}
     env = MagicMock(_workspace_bounds=np.array([[0.25, -0.35, 0.02], [0.6, 0.35, 0.35]]))
     env.reset.return_value = env.set_new_target.return_value = (0, info)
-    states = [fallen, *[held] * 1000, thrown, *[held] * 2001]
+    states = np.full((2002, 21), 0.3)
+    states[0, 16] = z
     env.step.side_effect = [(0, 0, 0, 0, info | {"prev_qpos": qpos}) for qpos in states]
     trqam.collect_episode(env, {"x": MagicMock(done=False)}, domain, (0, 0, 7))
     seeds = [how["seed"] for _, how in env.reset.call_args_list]
-    assert len(set(seeds)) == (3 if domain == "scene" else 1)
+    assert len(set(seeds)) == 1 + (domain == "scene")
     p_stack = np.random.RandomState(seeds[-1]).uniform(float(low), float(high))
     assert env.set_new_target.call_args.kwargs["p_stack"] == pytest.approx(p_stack)
 
@@ -889,8 +873,7 @@ def test_killed_collection_leaves_nothing():
     stopped = "stopped; there is no checkpoint yet"
     together(
         run("run", "recv 2", -9, "collecting", signal.raise_signal, signal.SIGKILL),
-        run("early", "recv 1", 143, stopped, os.killpg, 0, signal.SIGTERM),
-        run("late", "recv 2", 143, stopped, os.killpg, 0, signal.SIGTERM),
+        run("all", "recv 1", 143, stopped, os.killpg, 0, signal.SIGTERM),
         run("workers", "recv 2", 1, "take fewer --workers", kill_workers),
     )
 
@@ -923,8 +906,7 @@ def host(monkeypatch):
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    patience(None)
+    return server
 
 
 def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
@@ -990,36 +972,27 @@ def test_damaged_datasets_are_refused(changes, text):
         trqam.load_data(tiny("--dataset-dir data"))
 
 
-@pytest.mark.parametrize("kind", [MemoryError, PermissionError])
-def test_data_that_can_not_be_read_are_not_damaged(kind, monkeypatch):
-    monkeypatch.setattr(np, "load", MagicMock(side_effect=kind("the reason")))
-    with pytest.raises(kind, match=r"^the reason$"):
-        trqam.load_data(tiny())
-
-
 # ========================================================================================= runs
 
 
 def test_run_end_to_end(finished):
-    """All phases are trained, evaluated, logged and summed up; held-out loss of held-out data."""
-    train = read_csv(finished / "train.csv")
-    assert [int(row["step"]) for row in train] == [*range(5, 41, 5), *range(70, 101, 5)]
+    """All phases are trained, logged and summed up; held-out loss of held-out data."""
+    saved = trqam.load_checkpoint(finished / "checkpoint.pt")
+    for name in ("train", "eval"):
+        steps = [int(row["step"]) for row in read_csv(finished / f"{name}.csv")]
+        assert steps == [row["step"] for row in saved["progress"][name]]
+    train = saved["progress"]["train"]
     phases = Counter(row["phase"] for row in train)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
-    evaluated = [row["step"] + row["phase"] for row in read_csv(finished / "eval.csv")]
-    assert evaluated == ["20pretrain", "40offline", "53online", "86online", "100online"]
     summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
-    config = json.loads((finished / "config.json").read_text())
-    assert (config["data"], config["data_used"]["transitions"]) == ("ogbench", 150)
-    online = trqam.load_checkpoint(finished / "checkpoint.pt")["online"]
-    assert online["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
+    assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
     *_, held_out, _ = trqam.load_data(tiny())
     fixed = torch.Generator().manual_seed(0)
     batch = held_out.sample(8192, fixed)
     loss = agent.cloning_loss(batch, agent.draw_noise(8192, fixed))
-    assert float(train[-1]["held_out_loss"]) == pytest.approx(loss.item())
+    assert train[-1]["held_out_loss"] == pytest.approx(loss.item())
 
 
 @pytest.fixture
@@ -1042,23 +1015,19 @@ def updates(monkeypatch, played):
     return seen
 
 
-@pytest.mark.parametrize("decay", [True, False])
-def test_learning_rate(decay, updates):
-    """Cosine to 0 over the pretraining with --pretrain-decay, else constant; then --lr."""
-    cfg = tiny("--pretrain-steps 4 --offline-steps 3 --pretrain-lr 0.5 --lr 0.25")
-    trqam.train(replace(cfg, pretrain_decay=decay))
+def test_updates_have_rates_and_random_numbers_of_the_run(updates):
+    """Cosine to 0 with --pretrain-decay, else constant; then --lr. Another --seed, like another
+    update, has other batches and other noise."""
+    text = "--pretrain-steps 4 --offline-steps 3 --pretrain-lr 0.5 --lr 0.25"
+    trqam.train(tiny(f"{text} --pretrain-decay"))
     trqam.train(trqam.parse(["--resume", "--offline-steps=4", "--lr=0.1"]))
-    rates = [0.25 + 0.25 * math.cos(math.pi * decay * k / 4) for k in range(4)]
-    assert [lr for lr, *_ in updates] == pytest.approx([*rates, 0.25, 0.25, 0.25, 0.1])
-
-
-def test_batches_and_noise_come_from_the_seed(updates):
-    """Another --seed, like another update, has other batches and other noise."""
-    trqam.train(tiny())
-    trqam.train(tiny("--seed 1"))
+    trqam.train(tiny(f"{text} --no-pretrain-decay --seed 1"))
+    cosine = [0.25 + 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
+    rates = [*cosine, *[0.25] * 3, 0.1, *[0.5] * 4, *[0.25] * 3]
+    assert [lr for lr, *_ in updates] == pytest.approx(rates)
     drawn = [[batch["obs"], *noise.values()] for _, batch, noise, *_ in updates]
     for tensors in zip(*drawn, strict=True):
-        assert len({float(x.sum()) for x in tensors}) == 80
+        assert len({float(x.sum()) for x in tensors}) == len(rates)
 
 
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
@@ -1068,12 +1037,6 @@ def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
     monkeypatch.setattr(trqam.time, "time", lambda: 60.0 * len(updates))
     trqam.train(tiny("--save-minutes 7"))
     assert saved == [0, 7, 14, 20, 27, 34, 40]
-
-
-def test_checkpoint_of_a_finished_run_is_of_its_end(played):
-    """Also where the last online episode is cut by the end of the run."""
-    trqam.train(tiny("--online-steps 10"))
-    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 50
 
 
 STOPS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
@@ -1116,9 +1079,11 @@ def test_resume_lengthens_a_run(finished):
     assert "offline_steps 10 -> 20" in call("--resume")
     assert "online_steps 0 -> 60" in call(f"--resume {ONLINE}")
     run = contents(RUN)
-    assert [row["step"] for row in run["eval.csv"]] == ["20", "30", "40", "53", "86", "100"]
-    for name in ("agent", "optimizer", "generator", "online", "train.csv"):
-        assert run[name] == contents(finished)[name]
+    evaluated = run["progress"].pop("eval")
+    assert [row["step"] for row in evaluated] == [20, 30, 40, 53, 86, 100]
+    expected = contents(finished)
+    expected["progress"].pop("eval")
+    assert run == expected
 
 
 def test_resume_takes_the_settings_of_the_run(finished, capsys):
@@ -1129,25 +1094,6 @@ def test_resume_takes_the_settings_of_the_run(finished, capsys):
         assert (cfg.kl_budget, cfg.eval_interval, cfg.width, cfg.online_steps) == (2, 9, 16, 60)
         told = capsys.readouterr().out.splitlines()
         assert sorted(told) == ["eval_interval 33 -> 9", "kl_budget 0.5 -> 2.0"]
-
-
-OTHER = "env scene,task 3,scale paper,seed 3,width 17,layers 3,critics 3,flow_layer_norm,chunk 4"
-OTHER += ",frozen_base,pretrained flow.pt,pretrain_steps 21,data scripted,transitions 9,data_seed 1"
-
-
-@pytest.mark.parametrize("name", trqam.FIXED)
-def test_resume_refuses_what_can_not_change(name, finished):
-    flag = re.search(rf"\b{name}\b[^,]*", OTHER)[0]
-    for switch in ("resume", "eval-only"):
-        with pytest.raises(ValueError, match=rf"expected the (run's own |--){name} "):
-            trqam.parse(f"--run-dir {finished} --{switch} --{flag}".split())
-
-
-def test_resume_refuses_other_data(finished):
-    """The checkpoint knows the data of its run."""
-    write_dataset("data", qpos=np.zeros((153, 21)))
-    with pytest.raises(ValueError, match="expected the run's data, got other ones"):
-        trqam.train(tiny(f"{ONLINE} --resume --dataset-dir data --run-dir {finished}"))
 
 
 class Evil:
@@ -1167,9 +1113,8 @@ def test_checkpoints_that_are_none_are_refused(content, finished):
     else:
         torch.save(content, path)
     before = files(RUN)
-    for use in (trqam.load_agent, trqam.load_checkpoint):
-        with pytest.raises(OSError, match=f"a damaged, unsafe or old one.*delete {path}"):
-            use(path)
+    with pytest.raises(OSError, match=f"a damaged, unsafe or old one.*delete {path}"):
+        trqam.load_agent(path)
     call("--resume", 1)
     assert files(RUN) == before and not Path("owned").exists()
 
@@ -1253,30 +1198,14 @@ def test_second_process_in_a_run_folder_is_refused():
     ],
 )
 def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
-    """With step and terms; the checkpoint that stays is finite."""
+    """With step and terms; the checkpoint that stays is finite, and acts as far as it learnt."""
     with pytest.raises(FloatingPointError, match=text):
         trqam.train(tiny(flags))
     saved = trqam.load_checkpoint(RUN / "checkpoint.pt")
     assert saved["progress"]["step"] == step
     assert all(x.isfinite().all() for x in saved["agent"].values())
-
-
-def test_checkpoint_within_pretraining_acts_by_the_flow(played, monkeypatch):
-    """As far as it is trained, not as it began."""
-    monkeypatch.setattr(trqam, "write_csv", lambda *args: sys.exit())
-    with pytest.raises(SystemExit):
-        trqam.train(tiny())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
-    fresh = trqam.Agent(agent.cfg, 28, 5)
     assert torch.equal(vector_of(agent.policy), vector_of(agent.base))
-    assert not torch.equal(vector_of(agent.policy), vector_of(fresh.policy))
-
-
-def test_full_disk_is_told_before_the_first_update():
-    """Files can't grow beyond 20 kB."""
-    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    assert "error: [Errno 27]" in call(code=1, prepare=full)
-    assert not {"train.csv", "checkpoint.pt"} & set(files(RUN))
 
 
 WALK = "--scale paper --device cpu --width 16 --layers 2 --critics 2 --flow-steps 2 --batch 8"
@@ -1384,6 +1313,7 @@ def test_report_of_nothing():
 # ================================================================================= command line
 
 MISTAKES = r"""
+0  --help                                   --save-minutes FLOAT(?s:.*)minutes between checkpoints
 2  --env cube-sinlge                        expected --env to be one of .*cube-single, cube-double
 2  --env visual-cube-single-play-singletask-v0  expected --env to be one of
 2  --env scene-play-singletask-v0 --task 3  expected the --task of scene.*, got 3; give one of
@@ -1400,7 +1330,23 @@ MISTAKES = r"""
 1  --data ogbench --dataset-dir .           refused.*-val.npz into \. \(--dataset-dir\)
 2  --chunk 60                               expected a chunk of 60 actions
 2  --run-dir {run}                          got one in {run}; --resume it
+2  --run-dir {run} --eval-only --width 17   expected the run's own width 16, got 17; leave it out
 2  --run-dir {run} --resume --width 17      expected the run's own width 16, got 17
+2  --run-dir {run} --resume --layers 3      expected the run's own layers 2, got 3
+2  --run-dir {run} --resume --critics 3     expected the run's own critics 2, got 3
+2  --run-dir {run} --resume --chunk 4       expected the run's own chunk 5, got 4
+2  --run-dir {run} --resume --seed 3        expected the run's own seed 0, got 3
+2  --run-dir {run} --resume --scale paper   expected the run's own scale laptop, got paper
+2  --run-dir {run} --resume --env scene     expected the run's own env cube-.*, got scene-play-
+2  --run-dir {run} --resume --flow-layer-norm  expected the run's own flow_layer_norm False, got
+2  --run-dir {run} --resume --pretrained x  expected the run's own pretrained None, got x
+2  --run-dir {run} --resume --frozen-base   expected the run's own frozen_base False, got True
+2  --run-dir {run} --resume --pretrain-steps 9  expected the run's own pretrain_steps 20, got 9
+2  --run-dir {run} --resume --data scripted    expected the run's own data ogbench, got scripted
+2  --run-dir {run} --resume --data-seed 1   expected the run's own data_seed 0, got 1
+2  --run-dir {run} --resume --transitions 9  expected the run's own transitions 300000, got 9
+2  --run-dir {run} --resume --offline-steps 9  expected the run's own offline_steps 20, got 9
+2  --run-dir {run} --resume --dataset-dir {run}/other  expected the run's data, got other ones
 1  --eval-only                              No such file.*checkpoint.pt
 1  --run-dir {run}/screen/run               Not a directory
 1  --data scripted --dataset-dir {run}/screen/data  Not a directory
@@ -1409,7 +1355,7 @@ MISTAKES = r"""
 
 @pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
 def test_mistaken_calls(mistake, finished):
-    """Exit code and a line that says what was expected, before anything is done."""
+    """Exit code and a line that says what was expected, before anything is done; or --help."""
     code, flags, text = re.split("  +", mistake.format(run=finished))
     before = files(finished)
     screen = call(flags, int(code))
@@ -1419,27 +1365,28 @@ def test_mistaken_calls(mistake, finished):
 
 
 def test_eval_only_repeats_the_final_evaluation(finished):
-    """And leaves the run as it is."""
+    """And leaves the run as it is, also where --video finds no OpenGL, and says so."""
     before = files(finished)
-    line = call(f"{ONLINE} --eval-only --run-dir {finished}").splitlines()[-1]
-    assert (finished / "screen").read_text().splitlines()[-1].endswith(line)
+    blind = partial(os.environ.update, MUJOCO_GL="glfw", DISPLAY="")
+    screen = call(f"--eval-only --video --run-dir {finished}", 1, blind)
+    final = (finished / "screen").read_text().splitlines()[-1]
+    assert final.split(maxsplit=1)[1] in screen and "OpenGL" in screen
     assert files(finished) == before
 
 
 def test_file_runs_alone():
     """Copied into an empty folder, the file trains."""
     shutil.copy(SCRIPT, "trqam.py")
-    argv = [sys.executable, "trqam.py", *TINY.split()]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "offline  success" in done.stdout, done.stderr
+    subprocess.run([sys.executable, "trqam.py", *TINY.split()], check=True, timeout=300)
+    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 40
 
 
 def test_dependencies_are_those_of_the_project():
-    """The header for `uv run` and pyproject.toml name the same packages."""
+    """The header for `uv run` and pyproject.toml name the same packages, and the same Python."""
     header = SCRIPT.read_text().split("# ///")[1]
     project = SCRIPT.with_name("pyproject.toml").read_text().split("[project")[1]
-    for pattern in (r'"(\w+>=.+)"', "requires-python = (.*)"):
-        assert sorted(re.findall(pattern, header)) == sorted(re.findall(pattern, project))
+    pattern = r'"\w+>=[^"]+"|requires-python = .*'
+    assert sorted(re.findall(pattern, header)) == sorted(re.findall(pattern, project))
 
 
 # =============================================================================== README, video
@@ -1479,9 +1426,3 @@ def test_video_shows_final_episodes(finished, played, monkeypatch):
     trqam.render_video(finished / "checkpoint.pt", Path("video.gif"))
     assert played == [(env.spec.id, trqam.FINAL, i) for i in range(3)]
     assert env.render.call_count == 11 and Path("video.gif").exists()
-
-
-def test_video_without_opengl_says_so(finished):
-    """Where nothing can be rendered, --video says so and exits with 1."""
-    blind = partial(os.environ.update, MUJOCO_GL="glfw", DISPLAY="")
-    assert "OpenGL" in call(f"{ONLINE} --eval-only --video --run-dir {finished}", 1, blind)
