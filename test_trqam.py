@@ -1207,6 +1207,9 @@ def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
     assert all(x.isfinite().all() for x in saved["agent"].values())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
     assert torch.equal(vector_of(agent.policy), vector_of(agent.base))
+    if step < 20:
+        with pytest.raises(OSError, match="its pretraining has not ended"):
+            trqam.load_flow(RUN / "checkpoint.pt")
 
 
 WALK = "--scale paper --device cpu --width 16 --layers 2 --critics 2 --flow-steps 2 --batch 8"

@@ -1260,7 +1260,10 @@ def load_flow(path: Path) -> tuple[dict, dict]:
     try:
         flow = {}
         if zipfile.is_zipfile(path):
-            for name, x in load_checkpoint(path)["agent"].items():
+            saved = load_checkpoint(path)
+            if saved["progress"]["step"] < saved["config"]["pretrain_steps"]:
+                raise ValueError("its pretraining has not ended")
+            for name, x in saved["agent"].items():
                 if name.startswith("base."):
                     flow[name.removeprefix("base.")] = x
         else:

@@ -39,7 +39,8 @@ ORDER = [*PAPER, "pretrained", "TRQAM", "QAM"]  # of domains and methods; others
 DEFAULT_TASK = {"maze": 1, "soccer": 4, "cube": 2, "scene": 2, "puzzle-4x[56]": 2, "puzzle": 4}
 # settings in which the runs of a cell may differ
 OWN = {"env", "task", "seed", "kl_budget", "run_dir", "resume", "pretrained", "device", "workers"}
-OWN |= {"dataset_dir", "data_used", "versions", "torch_build", "threads", "command", "save_minutes"}
+OWN |= {"log_interval", "eval_interval", "eval_episodes", "dataset_dir", "dataset_url"}
+OWN |= {"data_used", "versions", "torch_build", "threads", "command", "save_minutes"}
 COLUMNS = "level domain method task seed success std low high pretrained paper paper_std runs"
 COLUMNS += " episodes path_kl kl_budget missing folder"
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error)  # what is raised
@@ -55,6 +56,7 @@ class Run:
     method: str
     task: int
     seed: int
+    budget: float | None  # of TRQAM
     success: float
     episodes: int
     curves: dict
@@ -107,8 +109,10 @@ def read_run(folder: Path, notes: list) -> Run:
             curves["path_kl"] = {(x - start) / 1000: y for x, y in rows if y is not None}
         except DAMAGED as error:
             notes.append(f"{folder}: its KL is left out, train.csv is damaged: {error!r}")
-    which = (domain, method_of(config), int(task.removeprefix("-task") or default), config["seed"])
-    return Run(folder, config, *which, success, int(episodes), curves)
+    method = method_of(config)
+    which = (domain, method, int(task.removeprefix("-task") or default), int(config["seed"]))
+    budget = float(config["kl_budget"]) if "TRQAM" in method else None
+    return Run(folder, config, *which, budget, success, int(episodes), curves)
 
 
 def read_runs(top: Path, notes: list) -> list[Run]:
@@ -123,8 +127,8 @@ def read_runs(top: Path, notes: list) -> list[Run]:
         except DAMAGED as error:
             notes.append(f"{folder}: not counted, damaged: {error!r}")
         else:
-            budget = run.config["kl_budget"] if "TRQAM" in run.method else None
-            other = runs.setdefault((run.domain, run.method, run.task, run.seed, budget), run)
+            key = (run.domain, run.method, run.task, run.seed, run.budget)
+            other = runs.setdefault(key, run)
             if other is not run:
                 notes.append(f"{folder}: not counted, another {other.folder}")
     for cell in {key[:2] for key in runs}:  # the budget of most runs goes without saying
@@ -165,7 +169,7 @@ def summary(level: str, runs: list[Run], **more: object) -> dict:
     }
     line |= {"pretrained": mean(before)} if before else {}
     line |= {"std": stdev(whole)} if len(whole) > 1 else {}
-    line |= {"path_kl": mean(kls), "kl_budget": runs[0].config["kl_budget"]} if kls else {}
+    line |= {"path_kl": mean(kls), "kl_budget": runs[0].budget} if kls else {}
     if len(runs) == 1:
         low, high = wilson(runs[0].success, runs[0].episodes)
         line |= {"low": 100 * low, "high": 100 * high, "seed": runs[0].seed}
@@ -255,7 +259,8 @@ def print_tasks(lines: list[dict]) -> None:
     for line in lines:
         if line["level"] == "run" or (line["level"] == "task" and line["runs"] > 1):
             before = f"{line['pretrained']:.0f}" if "pretrained" in line else "–"
-            kl = "{path_kl:.3f} of {kl_budget:g}".format(**line) if "path_kl" in line else "–"
+            kl = f"{line['path_kl']:.3f}" if "path_kl" in line else "–"
+            kl += f" of {line['kl_budget']:g}" if line.get("kl_budget") else ""
             own = [line.get(name, "all") for name in names]
             rows.append([*own, before, written(line), line["episodes"], kl])
     print_columns([list(column) for column in zip(*rows, strict=True)])
@@ -285,8 +290,8 @@ def draw(runs: list[Run], path: Path) -> None:
                 ax.plot(list(curve), list(curve.values()), color=f"C{color}", linewidth=0.7)
             curve = average(curves) if curves else {}
             ax.plot(list(curve), list(curve.values()), f"C{color}", linewidth=2.2, label=method)
-            if name == "path_kl" and "TRQAM" in method and cell:
-                ax.axhline(cell[0].config["kl_budget"], color=f"C{color}", linestyle="--")
+            if name == "path_kl" and cell and cell[0].budget:
+                ax.axhline(cell[0].budget, color=f"C{color}", linestyle="--")
         ax.set(title=domain, xlabel="updates, thousands", ylabel=titles[name])
         ax.set_ylim(0, 104 if name == "success" else None)
     axes[0, 0].legend(frameon=False)
