@@ -785,6 +785,7 @@ def test_rewards_are_those_of_the_task(flag, solved):
     assert facts["solved"] == solved
     for buffer in buffers:
         assert buffer.arrays["rewards"].sum() == solved - 150
+    assert not torch.equal(*(buffer.arrays["actions"] for buffer in buffers))
 
 
 # ========================================================================================= data
@@ -842,6 +843,7 @@ def test_two_runs_on_one_empty_folder():
     together(*runs)
     told = Path("a.screen").read_text() + Path("b.screen").read_text()
     assert told.count("collecting") == told.count("waiting for another process") == 1
+    assert "going on with" not in told  # no download was tried
     assert contents(Path("a")) == contents(Path("b"))
     trqam.collect(replace(tiny(), transitions=1000, workers=2), Path("two.npz"))
     first_actions = set()
