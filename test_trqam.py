@@ -7,6 +7,7 @@ random. Nothing here touches the network. `pytest -q test_trqam.py`
 
 from __future__ import annotations
 
+import builtins
 import copy
 import csv
 import hashlib
@@ -23,6 +24,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import symtable
 import sys
 import threading
 import time
@@ -762,16 +764,19 @@ def played(monkeypatch):
     return keys
 
 
-def test_which_episodes_are_played(played):
-    """Ends of phases: final ones, between: periodic ones; online each once; all in the task.
+def test_which_episodes_are_played(played, monkeypatch):
+    """Ends of phases, --eval-only: final ones; between: periodic ones; online each once; one task.
 
     The checkpoint is of the run's end, which cuts the last episode.
     """
     text = "--pretrain-steps 4 --offline-steps 4 --online-steps 20 --online-start 5"
     cfg = tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3")
     trqam.train(cfg)
+    monkeypatch.setattr(signal, "signal", MagicMock())
+    monkeypatch.setattr(sys, "argv", ["trqam.py", "--eval-only", "--run-dir", cfg.run_dir])
+    assert trqam.main() == 0
     env = "cube-single-singletask-task1-v0"
-    expected = {(env, trqam.FINAL, i): 3 for i in range(3)}
+    expected = {(env, trqam.FINAL, i): 4 for i in range(3)}
     expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
     expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
     assert Counter(played) == expected
@@ -981,13 +986,15 @@ def test_damaged_datasets_are_refused(changes, text):
 def test_run_end_to_end(finished):
     """All phases are trained, logged and summed up; held-out loss of held-out data."""
     saved = trqam.load_checkpoint(finished / "checkpoint.pt")
+    train = saved["progress"]["train"]
     for name in ("train", "eval"):
         steps = [int(row["step"]) for row in read_csv(finished / f"{name}.csv")]
         assert steps == [row["step"] for row in saved["progress"][name]]
-    train = saved["progress"]["train"]
+    lines, summary = (finished / "screen").read_text().split(f"{finished}: ")
+    shown = re.findall(r"(?m)^(\w+) +(\d+)/", lines)
+    assert shown == [(row["phase"], str(row["step"])) for row in train]
     phases = Counter(row["phase"] for row in train)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
-    summary = (finished / "screen").read_text().split(f"{finished}: ")[1]
     assert re.findall(r"(\w+) +success", summary) == list(phases)
     assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
@@ -996,6 +1003,15 @@ def test_run_end_to_end(finished):
     batch = held_out.sample(8192, fixed)
     loss = agent.cloning_loss(batch, agent.draw_noise(8192, fixed))
     assert train[-1]["held_out_loss"] == pytest.approx(loss.item())
+
+
+def test_rows_are_averages():
+    """Each of the updates since the last one."""
+    progress = trqam.Progress()
+    for mean in (2, 3):
+        progress.add({"x": torch.tensor(mean - 1)})
+        progress.add({"x": torch.tensor(mean + 1)})
+        assert progress.average() == {"x": mean}
 
 
 @pytest.fixture
@@ -1413,15 +1429,22 @@ def test_readme_acts_with_a_trained_policy(finished):
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
+def globals_of(table):
+    """The global names that a scope and those in it use."""
+    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return names.union(*map(globals_of, table.get_children()))
+
+
 def test_the_mathematics_is_copied_alone():
-    """Its text runs by itself, and imports math, torch and collections.abc only."""
+    """Its text uses its own names only, and imports math, torch and collections.abc."""
     script = SCRIPT.read_text()
     text = re.search(r"(?ms)^from __future__.*?(?=^# =+ imports of the program$)", script)[0]
     imports = set(re.findall(r"(?m)^\s*(?:from|import) (\S+)", text))
     assert imports == {"__future__", "math", "torch", "collections.abc"}
     copied = {}
     exec(text, copied)
-    assert {"schedule", "first_aid"} <= copied.keys()
+    used = globals_of(symtable.symtable(text, "trqam.py", "exec"))
+    assert used <= {*copied, *dir(builtins)}
 
 
 def test_video_shows_final_episodes(finished, played, monkeypatch):
