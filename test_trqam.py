@@ -915,6 +915,52 @@ def test_evaluation_averages_the_episodes():
     assert (row["mean_return"], row["mean_length"], row["episodes"]) == (-28, 7, 10)
 
 
+class Mirror(Corridor):
+    """Rewards are the actions, starts are numpy's luck."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs * self.luck, float(action.sum()), *rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.parametrize("workers", [2, 3, 9])
+def test_evaluation_does_not_depend_on_the_number_of_workers(workers):
+    """To the bit, also where torch computes by several threads."""
+    torch.set_num_threads(2)
+    try:
+        alone, apart = (
+            trqam.evaluate(trqam.Agent(replace(SMALL, workers=n), 28, 5), Mirror(), 7, trqam.FINAL)
+            for n in (1, workers)
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert alone == apart
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_a_stopped_evaluation_leaves_nothing():
+    """The run, all its processes or a worker are killed while episodes never end: one line."""
+    hang = partial(setattr, trqam, "play_out", lambda *args: time.sleep(1000))
+
+    def run(name, code, line, moment, *action):
+        def prepare():
+            hang()
+            strike(moment, *action)
+
+        args = f"{TINY} --workers 2 --run-dir {name}".split()
+        yield from running(args, code, f"{name}.screen", prepare)
+        assert line in Path(f"{name}.screen").read_text().splitlines()[-1]
+        assert "Traceback" not in Path(f"{name}.screen").read_text()
+
+    together(
+        run("kill", -9, "pretrain", "recv 1", signal.raise_signal, signal.SIGKILL),
+        run("term", 143, "stopped; the last", "recv 1", signal.raise_signal, signal.SIGTERM),
+        run("int", 130, "stopped; the last", "recv 1", os.killpg, 0, signal.SIGINT),
+        run("worker", 1, "exit code -9 of its process", "recv 1", kill_workers),
+    )
+
+
 def test_every_episode_has_seeds_of_its_own():
     """Of environment, numpy and noise: by --seed, stream and number, whatever came before."""
 

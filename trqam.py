@@ -481,7 +481,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     dataset_dir: str = "~/.ogbench/data"  # folder of datasets, downloaded or collected if need be
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
-    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each
+    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each, and that evaluate
 
     # networks -------------------------------------------------------------------------
 
@@ -675,6 +675,31 @@ def alone(lock_file: Path, wait: bool) -> Any:
         return lock.acquire()
 
 
+def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
+    """A result for each job, in turn, from n processes `target(share of the jobs, pipe)`.
+
+    Raises ChildProcessError.
+    """
+    context: Any = multiprocessing.get_context(method)
+    workers = []
+    for k in range(n):
+        pipe, far_end = context.Pipe(duplex=False)
+        worker = context.Process(target=target, args=(jobs[k::n], far_end), daemon=True)
+        worker.start()
+        far_end.close()
+        workers.append((worker, pipe))
+    for i in range(len(jobs)):
+        worker, pipe = workers[i % n]
+        try:
+            yield pipe.recv()
+        except EOFError as error:
+            worker.join()
+            raise ChildProcessError(
+                f"expected an episode, got exit code {worker.exitcode} of its process; "
+                "if it was killed for memory, take fewer --workers"
+            ) from error
+
+
 def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: int = 0) -> dict:
     """A scripted "play" episode of 1001 states in OGBench's layout, as its authors made theirs."""
     seed = seed_of(COLLECTED, *key, attempt)
@@ -732,24 +757,11 @@ def collect(cfg: Config, path: Path) -> None:
     n_held_out = math.ceil(n / 20)
     keys = [(cfg.data_seed, 0, i) for i in range(n)]
     keys += [(cfg.data_seed, 1, i) for i in range(n_held_out)]
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for worker in range(cfg.workers):
-        pipe, far_end = context.Pipe(duplex=False)
-        share = (domain_of(cfg.env), keys[worker :: cfg.workers], far_end)
-        context.Process(target=collect_share, args=share, daemon=True).start()
-        far_end.close()
-        pipes.append(pipe)
     episodes = []
     bar = progress_bar("collect", len(keys))
-    for i in range(len(keys)):
-        try:
-            episodes.append(pipes[i % cfg.workers].recv())
-        except EOFError as error:
-            raise ChildProcessError(
-                "expected an episode, got the end of the process that collects it; "
-                "if it was killed for memory, take fewer --workers"
-            ) from error
+    target = partial(collect_share, domain_of(cfg.env))
+    for i, episode in enumerate(by_workers("spawn", target, keys, cfg.workers)):
+        episodes.append(episode)
         bar.update()
         if i % 50 == 49:
             say(str(bar))
@@ -923,14 +935,39 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
                 break
 
 
+def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
+    """Play an episode: success at its end, return and length."""
+    steps = list(play(agent, env, stream, i))
+    _, info = steps[-1]
+    returned = sum(transition["rewards"] for transition, _ in steps)
+    return float(info["success"]), returned, len(steps)
+
+
+def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pipe: Any) -> None:
+    """One of the evaluating processes, which are forked: it has agent and environment at once."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with its parent
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    for i in numbers:
+        pipe.send(play_out(agent, env, stream, i))
+
+
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
-    """Success at the end of seeded episodes with its standard error, mean return and length."""
-    results = []
-    for i in range(episodes):
-        steps = list(play(agent, env, stream, i))
-        _, info = steps[-1]
-        returned = sum(transition["rewards"] for transition, _ in steps)
-        results.append((float(info["success"]), returned, len(steps)))
+    """Success at the end of seeded episodes with its standard error, mean return and length.
+
+    With several workers on the CPU; an episode does not depend on their number. Raises
+    ChildProcessError.
+    """
+    cfg = agent.cfg
+    if cfg.workers > 1 and sys.platform == "linux":
+        player = Agent(replace(cfg, device="cpu"), *agent.dims)
+        player.load_state_dict(agent.state_dict())
+        target = partial(play_share, player, env, stream)
+        results = list(by_workers("fork", target, range(episodes), cfg.workers))
+    else:
+        results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
     variance = success * (1 - success) / max(episodes - 1, 1)
     return {
@@ -1301,6 +1338,7 @@ def main() -> int:
         say(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
         if cfg.eval_only:
             agent = load_agent(cfg.checkpoint, cfg.device)
+            agent.cfg = cfg
             row = evaluate(agent, make_env(cfg.env), cfg.final_episodes, FINAL)
             say(EVAL_LINE.format(**row))
         else:
