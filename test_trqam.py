@@ -350,6 +350,31 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
         assert_close(updated(agent, "update", *inputs), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_compiled_updates_are_those_of_the_equations():
+    """To 1e-5 over 10 of pretraining, each with its own rate, and 50 after it; one state_dict."""
+    agent, eager = (golden_agent(fine_tuning=False) for _ in range(2))
+    trqam.compile_updates(agent)
+    assert "update" in vars(agent) and "pretrain_update" in vars(agent)
+    for s in range(60):
+        if s == 10:
+            agent.start_fine_tuning()
+            eager.start_fine_tuning()
+        update, rate = ("pretrain_update", [1e-3 / (1 + s)]) if s < 10 else ("update", [])
+        inputs = golden_inputs(SMALL, s)
+        expected = updated(eager, update, *inputs, *rate)
+        assert_close(updated(agent, update, *inputs, *rate), expected, rtol=1e-5, atol=1e-5)
+    assert_close(agent.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
+    """And one line says why."""
+    monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
+    agent = golden_agent()
+    trqam.compile_updates(agent)
+    assert capsys.readouterr().out == "not compiled, which takes a C++ compiler: no g++\n"
+    assert "update" not in vars(agent)
+
+
 # ======================================================================================== device
 # On torch's `meta` device there are no numbers: what reads one on the host raises.
 
@@ -683,7 +708,7 @@ SCRIPT = Path(trqam.__file__).resolve()
 RUN = Path("runs/cube-single-play/seed0")  # the folder of a run that is given none
 TINY = "--scale laptop --device cpu --width 16 --layers 2 --critics 2 --flow-steps 3 --batch 8"
 TINY += " --pretrain-steps 20 --offline-steps 20 --log-interval 5 --eval-interval 33"
-TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1"
+TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1 --no-compile"
 ONLINE = "--online-steps 60 --online-start 25"
 
 
