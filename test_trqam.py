@@ -337,6 +337,31 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
         assert_close(updated(agent, "update", *inputs), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_compiled_updates_are_those_of_the_equations():
+    """To 1e-5 over 10 of pretraining, each with its own rate, and 50 after it; one state_dict."""
+    agent, eager = (golden_agent(fine_tuning=False) for _ in range(2))
+    trqam.compile_updates(agent)
+    assert "update" in vars(agent) and "pretrain_update" in vars(agent)
+    for s in range(60):
+        if s == 10:
+            agent.start_fine_tuning()
+            eager.start_fine_tuning()
+        update, rate = ("pretrain_update", [1e-3 / (1 + s)]) if s < 10 else ("update", [])
+        inputs = golden_inputs(SMALL, s)
+        expected = updated(eager, update, *inputs, *rate)
+        assert_close(updated(agent, update, *inputs, *rate), expected, rtol=1e-5, atol=1e-5)
+    assert_close(agent.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
+    """And one line says why."""
+    monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
+    agent = golden_agent()
+    trqam.compile_updates(agent)
+    assert capsys.readouterr().out == "not compiled, which takes a C++ compiler: no g++\n"
+    assert "update" not in vars(agent)
+
+
 # ======================================================================================== device
 # On torch's `meta` device there are no numbers: what reads one on the host raises.
 
@@ -526,7 +551,7 @@ SCRIPT = Path(trqam.__file__).resolve()
 RUN = Path("runs/cube-single-play/seed0")  # the folder of a run that is given none
 TINY = "--scale laptop --device cpu --width 16 --layers 2 --critics 2 --flow-steps 3 --batch 8"
 TINY += " --pretrain-steps 20 --offline-steps 20 --log-interval 5 --eval-interval 33"
-TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1"
+TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1 --no-compile"
 ONLINE = "--online-steps 60 --online-start 25"
 
 
@@ -731,6 +756,52 @@ def test_evaluation_averages_the_episodes():
     p = np.mean([trqam.seed_of(trqam.FINAL, 0, i) % 2 for i in range(10)])
     expected = {"success": p, "stderr": math.sqrt(p * (1 - p) / 9), "episodes": 10}
     assert row == pytest.approx(expected | {"mean_return": -28, "mean_length": 7})
+
+
+class Mirror(Corridor):
+    """Rewards are the actions, starts are numpy's luck."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs * self.luck, float(action.sum()), *rest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.parametrize("workers", [2, 3, 9])
+def test_evaluation_does_not_depend_on_the_number_of_workers(workers):
+    """To the bit, also where torch computes by several threads."""
+    torch.set_num_threads(2)
+    try:
+        alone, apart = (
+            trqam.evaluate(trqam.Agent(replace(SMALL, workers=n), 28, 5), Mirror(), 7, trqam.FINAL)
+            for n in (1, workers)
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert alone == apart
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+def test_a_stopped_evaluation_leaves_nothing():
+    """The run, all its processes or a worker are killed while episodes never end: one line."""
+    hang = partial(setattr, trqam, "play_out", lambda *args: time.sleep(1000))
+
+    def run(name, code, line, moment, *action):
+        def prepare():
+            hang()
+            strike(moment, *action)
+
+        args = f"{TINY} --workers 2 --run-dir {name}".split()
+        yield from running(args, code, f"{name}.screen", prepare)
+        assert line in Path(f"{name}.screen").read_text().splitlines()[-1]
+        assert "Traceback" not in Path(f"{name}.screen").read_text()
+
+    together(
+        run("kill", -9, "pretrain", "recv 1", signal.raise_signal, signal.SIGKILL),
+        run("term", 143, "stopped; the last", "recv 1", signal.raise_signal, signal.SIGTERM),
+        run("int", 130, "stopped; the last", "recv 1", os.killpg, 0, signal.SIGINT),
+        run("worker", 1, "exit code -9 of its process", "recv 1", kill_workers),
+    )
 
 
 def test_every_episode_has_a_seed_of_its_own():

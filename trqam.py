@@ -487,9 +487,8 @@ class Agent(nn.Module):
 
     def pretrain_update(self, batch: dict, noise: dict, lr: float) -> dict:
         """One step of behaviour cloning; returns metrics, on the device."""
-        self.optimizer.param_groups[0]["lr"] = lr
         flow_loss = self.cloning_loss(batch, noise)
-        grad_norm = self.descend(flow_loss)
+        grad_norm = self.descend(flow_loss, lr)
         return {"flow_loss": flow_loss.detach(), "grad_norm": grad_norm}
 
     def update(self, batch: dict, noise: dict) -> dict:
@@ -533,7 +532,7 @@ class Agent(nn.Module):
         if not cfg.frozen_base:
             loss = loss + flow_loss
             self.polyak(self.target_base, self.base)
-        grad_norm = self.descend(loss)
+        grad_norm = self.descend(loss, cfg.lr)
         return {
             "q_mean": q.detach().mean(),
             "critic_loss": critic_loss.detach(),
@@ -554,8 +553,10 @@ class Agent(nn.Module):
         slow_parameters = tuple(slow.parameters())
         torch._foreach_lerp_(slow_parameters, tuple(fast.parameters()), self.cfg.tau)
 
-    def descend(self, loss: Tensor) -> Tensor:
+    @torch.compiler.disable  # compiled, Adam gains nothing and wants a new graph for every rate
+    def descend(self, loss: Tensor, lr: float) -> Tensor:
         """One step of Adam by the gradient clipped to norm 1; returns the norm before the clip."""
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.learning, 1.0)
@@ -590,6 +591,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
+    compile: bool = not torch.cuda.is_available()  # the updates through torch.compile: a minute
 
     # data -----------------------------------------------------------------------------
 
@@ -598,7 +600,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
-    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each
+    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each, and that evaluate
 
     # networks -------------------------------------------------------------------------
 
@@ -809,6 +811,31 @@ def alone(lock_file: Path, wait: bool) -> Any:
         return lock.acquire()
 
 
+def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
+    """A result for each job, in turn, from n processes `target(share of the jobs, pipe)`.
+
+    Raises ChildProcessError.
+    """
+    context: Any = multiprocessing.get_context(method)
+    workers = []
+    for k in range(n):
+        pipe, far_end = context.Pipe(duplex=False)
+        worker = context.Process(target=target, args=(jobs[k::n], far_end), daemon=True)
+        worker.start()
+        far_end.close()
+        workers.append((worker, pipe))
+    for i in range(len(jobs)):
+        worker, pipe = workers[i % n]
+        try:
+            yield pipe.recv()
+        except EOFError as error:
+            worker.join()
+            raise ChildProcessError(
+                f"expected an episode, got exit code {worker.exitcode} of its process; "
+                "if it was killed for memory, take fewer --workers"
+            ) from error
+
+
 def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: int = 0) -> dict:
     """A scripted "play" episode of 1001 states in OGBench's layout, as its authors made theirs."""
     seed = seed_of(COLLECTED, *key, attempt)
@@ -866,24 +893,11 @@ def collect(cfg: Config, path: Path) -> None:
     n_held_out = math.ceil(n / 20)
     keys = [(cfg.data_seed, 0, i) for i in range(n)]
     keys += [(cfg.data_seed, 1, i) for i in range(n_held_out)]
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for worker in range(cfg.workers):
-        pipe, far_end = context.Pipe(duplex=False)
-        share = (domain_of(cfg.env), keys[worker :: cfg.workers], far_end)
-        context.Process(target=collect_share, args=share, daemon=True).start()
-        far_end.close()
-        pipes.append(pipe)
     episodes = []
     bar = progress_bar("collect", len(keys))
-    for i in range(len(keys)):
-        try:
-            episodes.append(pipes[i % cfg.workers].recv())
-        except EOFError as error:
-            raise ChildProcessError(
-                "expected an episode, got the end of the process that collects it; "
-                "if it was killed for memory, take fewer --workers"
-            ) from error
+    target = partial(collect_share, domain_of(cfg.env))
+    for i, episode in enumerate(by_workers("spawn", target, keys, cfg.workers)):
+        episodes.append(episode)
         bar.update()
         if i % 50 == 49:
             say(str(bar))
@@ -1080,14 +1094,39 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
                 break
 
 
+def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
+    """Play an episode: success at its end, return and length."""
+    steps = list(play(agent, env, stream, i))
+    _, info = steps[-1]
+    returned = sum(transition["rewards"] for transition, _ in steps)
+    return float(info["success"]), returned, len(steps)
+
+
+def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pipe: Any) -> None:
+    """One of the evaluating processes, which are forked: it has agent and environment at once."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with its parent
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    for i in numbers:
+        pipe.send(play_out(agent, env, stream, i))
+
+
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
-    """Success at the end of seeded episodes with its standard error, mean return and length."""
-    results = []
-    for i in range(episodes):
-        steps = list(play(agent, env, stream, i))
-        _, info = steps[-1]
-        returned = sum(transition["rewards"] for transition, _ in steps)
-        results.append((float(info["success"]), returned, len(steps)))
+    """Success at the end of seeded episodes with its standard error, mean return and length.
+
+    With several workers on the CPU; an episode does not depend on their number. Raises
+    ChildProcessError.
+    """
+    cfg = agent.cfg
+    if cfg.workers > 1 and sys.platform == "linux":
+        player = Agent(replace(cfg, device="cpu"), *agent.dims)
+        player.load_state_dict(agent.state_dict())
+        target = partial(play_share, player, env, stream)
+        results = list(by_workers("fork", target, range(episodes), cfg.workers))
+    else:
+        results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
     variance = success * (1 - success) / max(episodes - 1, 1)
     return {
@@ -1224,7 +1263,6 @@ def restore(path, agent, generator, buffer, facts) -> Progress:
         agent.start_fine_tuning()
     agent.load_state_dict(saved["agent"])
     agent.optimizer.load_state_dict(saved["optimizer"])
-    agent.optimizer.param_groups[0]["lr"] = agent.cfg.lr
     if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
         generator.set_state(saved["generator"])
     buffer.add(saved["online"])
@@ -1330,6 +1368,20 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
             yield transition["terminals"]
 
 
+def compile_updates(agent: Agent) -> None:
+    """Both updates through torch.compile, if so set; where it can't compile, a line."""
+    if not agent.cfg.compile:
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")  # by exp: 1e-7 off, faster
+    try:
+        torch.compile(F.gelu)(agent.dual)
+    except Exception as error:  # torch raises many kinds
+        say(f"not compiled, which takes a C++ compiler: {str(error).splitlines()[0]}")
+        return
+    for name in ("pretrain_update", "update"):
+        setattr(agent, name, torch.compile(getattr(agent, name)))
+
+
 def train(cfg: Config) -> None:
     """Pretraining, offline and online fine-tuning in one loop, a step at a time.
 
@@ -1353,6 +1405,7 @@ def train(cfg: Config) -> None:
     elif cfg.pretrained:
         start_from(agent, Path(cfg.pretrained))
     write_config(run_dir / "config.json", cfg, facts)
+    compile_updates(agent)
 
     # the plan: which step ends a phase, and when to evaluate
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
@@ -1524,6 +1577,7 @@ def main() -> int:
         say(" ".join(f"{name}={value}" for name, value in asdict(cfg).items()))
         if cfg.eval_only:
             agent = load_agent(cfg.checkpoint, cfg.device)
+            agent.cfg = cfg
             row = evaluate(agent, make_env(cfg.env), cfg.final_episodes, FINAL)
             say(EVAL_LINE.format(**row))
         else:
