@@ -1186,6 +1186,17 @@ def test_resume_takes_the_settings_of_the_run(finished, capsys):
         assert sorted(told) == ["eval_interval 33 -> 9", "kl_budget 0.5 -> 2.0"]
 
 
+def test_runs_go_on_on_another_device(finished):
+    """Which has other random numbers."""
+    path = RUN / "checkpoint.pt"
+    shutil.copytree(finished, RUN)
+    saved = trqam.load_checkpoint(path)
+    saved["config"]["device"] = "cuda"
+    saved["generator"] = saved["generator"][:16]
+    torch.save(saved, path)
+    assert "device cuda -> cpu" in call("--resume")
+
+
 class Evil:
     """Pickled, it would make a file."""
 
