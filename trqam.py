@@ -981,19 +981,26 @@ class ReplayBuffer:
     def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
-        self.arrays = {k: self.discounts.new_empty(0, *data[k].shape[1:]) for k in self.KEYS}
+        room = len(data["rewards"]) + cfg.online_steps
+        self.arrays = {k: self.discounts.new_empty(room, *data[k].shape[1:]) for k in self.KEYS}
+        for array in self.arrays.values():
+            array.resize_(0, *array.shape[1:])  # its memory stays
+        self.starts = self.offsets[:0]
         self.add(data)
         if len(self.starts) == 0:
             raise ValueError(f"expected a chunk of {cfg.chunk} actions in the data, got none")
 
     def add(self, data: dict) -> None:
         """Append whole episodes of transitions: KEYS, (N, …) each."""
+        first = len(self.arrays["rewards"])
         for name, array in self.arrays.items():
-            self.arrays[name] = torch.cat([array, torch.as_tensor(data[name]).to(array)])
+            new = torch.as_tensor(data[name])
+            array.resize_(first + len(new), *new.shape[1:])  # no copy as long as there is room
+            array[first:] = new
         H = len(self.offsets)
-        ended = F.pad(self.arrays["terminals"].cumsum(0), (1, 0))  # episodes before each step
+        ended = F.pad(self.arrays["terminals"][first:].cumsum(0), (1, 0))  # episodes before a step
         whole = ended[H - 1 : -1] == ended[:-H]  # no episode ended before the last of H steps
-        self.starts = whole.nonzero().squeeze(-1)
+        self.starts = torch.cat([self.starts, first + whole.nonzero().squeeze(-1)])
 
     def sample(self, B: int, generator: torch.Generator) -> dict:
         """B chunks: obs, next_obs (B, S), actions (B, D), rewards Σ γ^i r_i and masks (B,)."""
@@ -1058,7 +1065,8 @@ def load_data(cfg: Config) -> tuple:
         "solved": int((data["masks"] == 0).sum()),
         "sha256": digest.hexdigest(),
     }
-    return env, ReplayBuffer(data, cfg), ReplayBuffer(held_out, cfg), facts
+    held_out_buffer = ReplayBuffer(held_out, replace(cfg, online_steps=0))
+    return env, ReplayBuffer(data, cfg), held_out_buffer, facts
 
 
 # ===================================================================================== evaluation
@@ -1104,13 +1112,13 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
 
 def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pipe: Any) -> None:
     """One of the evaluating processes, which are forked: it has agent and environment at once."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with its parent
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for i in numbers:
-        pipe.send(play_out(agent, env, stream, i))
+    with suppress(BrokenPipeError):
+        for i in numbers:
+            pipe.send(play_out(agent, env, stream, i))
 
 
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
@@ -1119,12 +1127,10 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
     With several workers on the CPU; an episode does not depend on their number. Raises
     ChildProcessError.
     """
-    cfg = agent.cfg
-    if cfg.workers > 1 and sys.platform == "linux":
-        player = Agent(replace(cfg, device="cpu"), *agent.dims)
-        player.load_state_dict(agent.state_dict())
-        target = partial(play_share, player, env, stream)
-        results = list(by_workers("fork", target, range(episodes), cfg.workers))
+    workers = agent.cfg.workers
+    if workers > 1 and sys.platform == "linux":
+        target = partial(play_share, copy.deepcopy(agent).to("cpu"), env, stream)
+        results = list(by_workers("fork", target, range(episodes), workers))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
