@@ -337,28 +337,24 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
         assert_close(updated(agent, "update", *inputs), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_compiled_updates_are_those_of_the_equations():
-    """To 1e-5 over 10 of pretraining, each with its own rate, and 50 after it; one state_dict."""
-    agent, eager = (golden_agent(fine_tuning=False) for _ in range(2))
-    trqam.compile_updates(agent)
-    assert "update" in vars(agent) and "pretrain_update" in vars(agent)
-    for s in range(60):
-        if s == 10:
-            agent.start_fine_tuning()
-            eager.start_fine_tuning()
-        update, rate = ("pretrain_update", [1e-3 / (1 + s)]) if s < 10 else ("update", [])
+def test_compiled_updates_are_the_eager_ones():
+    """To 1e-5 over 50 of them; one state_dict."""
+    agent, eager = (golden_agent(compile=True) for _ in range(2))
+    trqam.compile_update(agent)
+    assert "update" in vars(agent)
+    for s in range(50):
         inputs = golden_inputs(SMALL, s)
-        expected = updated(eager, update, *inputs, *rate)
-        assert_close(updated(agent, update, *inputs, *rate), expected, rtol=1e-5, atol=1e-5)
+        expected = updated(eager, "update", *inputs)
+        assert_close(updated(agent, "update", *inputs), expected, rtol=1e-5, atol=1e-5)
     assert_close(agent.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
     """And one line says why."""
     monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
-    agent = golden_agent()
-    trqam.compile_updates(agent)
-    assert capsys.readouterr().out == "not compiled, which takes a C++ compiler: no g++\n"
+    agent = golden_agent(compile=True)
+    trqam.compile_update(agent)
+    assert capsys.readouterr().out == "not compiled: no g++\n"
     assert "update" not in vars(agent)
 
 
@@ -713,6 +709,33 @@ def test_batches_are_the_chunks_within_episodes(lengths, H):
         np.testing.assert_allclose(batch[name], values, rtol=1e-6, err_msg=name)
 
 
+def test_online_episodes_are_copied_into_the_room_for_them():
+    """The data stay where they are; what is drawn is what a buffer of all at once would draw."""
+    cfg = replace(SMALL, online_steps=15)
+    rng = np.random.default_rng(0)
+
+    def episodes(*lengths):
+        ends = np.concatenate([np.arange(n) == n - 1 for n in lengths] or [np.zeros(0)])
+        return {name: rng.normal(size=(len(ends), 2)) for name in trqam.ReplayBuffer.KEYS[:3]} | {
+            "rewards": rng.normal(size=len(ends)),
+            "masks": 1 - ends,
+            "terminals": 1.0 * ends,
+        }
+
+    parts = [episodes(6, 1, 4), episodes(), episodes(5, 1), episodes(9)]
+    buffer = trqam.ReplayBuffer(parts[0], cfg)
+    places = {name: array.data_ptr() for name, array in buffer.arrays.items()}
+    for part in parts[1:]:
+        buffer.add(part)
+    assert places == {name: array.data_ptr() for name, array in buffer.arrays.items()}
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in buffer.KEYS}
+    other = trqam.ReplayBuffer(whole, replace(cfg, online_steps=0))
+    drawn = [b.sample(99, torch.Generator().manual_seed(0)) for b in (buffer, other)]
+    assert_close(*drawn, rtol=0, atol=0)
+    buffer.add(parts[0])  # more than there is room for
+    assert len(buffer.arrays["rewards"]) == 37
+
+
 # ============================================================================= play and evaluate
 
 
@@ -783,24 +806,23 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(workers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 def test_a_stopped_evaluation_leaves_nothing():
-    """The run, all its processes or a worker are killed while episodes never end: one line."""
-    hang = partial(setattr, trqam, "play_out", lambda *args: time.sleep(1000))
+    """The run, all its processes or its workers are killed while an episode lasts: one line."""
 
-    def run(name, code, line, moment, *action):
+    def run(name, code, line, *action):
         def prepare():
-            hang()
-            strike(moment, *action)
+            strike("play_out 2", time.sleep, 1000)  # the second one of each worker
+            strike("recv 3", *action)
 
-        args = f"{TINY} --workers 2 --run-dir {name}".split()
+        args = f"{TINY} --workers 2 --final-episodes 4 --run-dir {name}".split()
         yield from running(args, code, f"{name}.screen", prepare)
         assert line in Path(f"{name}.screen").read_text().splitlines()[-1]
         assert "Traceback" not in Path(f"{name}.screen").read_text()
 
     together(
-        run("kill", -9, "pretrain", "recv 1", signal.raise_signal, signal.SIGKILL),
-        run("term", 143, "stopped; the last", "recv 1", signal.raise_signal, signal.SIGTERM),
-        run("int", 130, "stopped; the last", "recv 1", os.killpg, 0, signal.SIGINT),
-        run("worker", 1, "exit code -9 of its process", "recv 1", kill_workers),
+        run("kill", -9, "pretrain", signal.raise_signal, signal.SIGKILL),
+        run("term", 143, "stopped; the last", signal.raise_signal, signal.SIGTERM),
+        run("int", 130, "stopped; the last", os.killpg, 0, signal.SIGINT),
+        run("workers", 1, "exit code -9 of its process", kill_workers),
     )
 
 

@@ -553,7 +553,6 @@ class Agent(nn.Module):
         slow_parameters = tuple(slow.parameters())
         torch._foreach_lerp_(slow_parameters, tuple(fast.parameters()), self.cfg.tau)
 
-    @torch.compiler.disable  # compiled, Adam gains nothing and wants a new graph for every rate
     def descend(self, loss: Tensor, lr: float) -> Tensor:
         """One step of Adam by the gradient clipped to norm 1; returns the norm before the clip."""
         self.optimizer.param_groups[0]["lr"] = lr
@@ -591,7 +590,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
-    compile: bool = not torch.cuda.is_available()  # the updates through torch.compile: a minute
+    compile: bool = not torch.cuda.is_available()  # TRQAM's update through torch.compile
 
     # data -----------------------------------------------------------------------------
 
@@ -981,19 +980,26 @@ class ReplayBuffer:
     def __init__(self, data: dict, cfg: Config):
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
-        self.arrays = {k: self.discounts.new_empty(0, *data[k].shape[1:]) for k in self.KEYS}
+        room = len(data["rewards"]) + cfg.online_steps
+        self.arrays = {k: self.discounts.new_empty(room, *data[k].shape[1:]) for k in self.KEYS}
+        for array in self.arrays.values():
+            array.resize_(0, *array.shape[1:])  # its memory stays
+        self.starts = self.offsets[:0]
         self.add(data)
         if len(self.starts) == 0:
             raise ValueError(f"expected a chunk of {cfg.chunk} actions in the data, got none")
 
     def add(self, data: dict) -> None:
         """Append whole episodes of transitions: KEYS, (N, …) each."""
+        first = len(self.arrays["rewards"])
         for name, array in self.arrays.items():
-            self.arrays[name] = torch.cat([array, torch.as_tensor(data[name]).to(array)])
+            new = torch.as_tensor(data[name])
+            array.resize_(first + len(new), *new.shape[1:])  # no copy as long as there is room
+            array[first:] = new
         H = len(self.offsets)
-        ended = F.pad(self.arrays["terminals"].cumsum(0), (1, 0))  # episodes before each step
+        ended = F.pad(self.arrays["terminals"][first:].cumsum(0), (1, 0))  # episodes before a step
         whole = ended[H - 1 : -1] == ended[:-H]  # no episode ended before the last of H steps
-        self.starts = whole.nonzero().squeeze(-1)
+        self.starts = torch.cat([self.starts, first + whole.nonzero().squeeze(-1)])
 
     def sample(self, B: int, generator: torch.Generator) -> dict:
         """B chunks: obs, next_obs (B, S), actions (B, D), rewards Σ γ^i r_i and masks (B,)."""
@@ -1058,7 +1064,8 @@ def load_data(cfg: Config) -> tuple:
         "solved": int((data["masks"] == 0).sum()),
         "sha256": digest.hexdigest(),
     }
-    return env, ReplayBuffer(data, cfg), ReplayBuffer(held_out, cfg), facts
+    held_out_buffer = ReplayBuffer(held_out, replace(cfg, online_steps=0))
+    return env, ReplayBuffer(data, cfg), held_out_buffer, facts
 
 
 # ===================================================================================== evaluation
@@ -1104,13 +1111,13 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
 
 def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pipe: Any) -> None:
     """One of the evaluating processes, which are forked: it has agent and environment at once."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends with its parent
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for i in numbers:
-        pipe.send(play_out(agent, env, stream, i))
+    with suppress(BrokenPipeError):
+        for i in numbers:
+            pipe.send(play_out(agent, env, stream, i))
 
 
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
@@ -1119,12 +1126,10 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
     With several workers on the CPU; an episode does not depend on their number. Raises
     ChildProcessError.
     """
-    cfg = agent.cfg
-    if cfg.workers > 1 and sys.platform == "linux":
-        player = Agent(replace(cfg, device="cpu"), *agent.dims)
-        player.load_state_dict(agent.state_dict())
-        target = partial(play_share, player, env, stream)
-        results = list(by_workers("fork", target, range(episodes), cfg.workers))
+    workers = agent.cfg.workers
+    if workers > 1 and sys.platform == "linux":
+        target = partial(play_share, copy.deepcopy(agent).to("cpu"), env, stream)
+        results = list(by_workers("fork", target, range(episodes), workers))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
@@ -1368,18 +1373,18 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
             yield transition["terminals"]
 
 
-def compile_updates(agent: Agent) -> None:
-    """Both updates through torch.compile, if so set; where it can't compile, a line."""
+def compile_update(agent: Any) -> None:
+    """An Agent's update through torch.compile, if so set; a line where it can't be compiled."""
     if not agent.cfg.compile:
         return
-    os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")  # by exp: 1e-7 off, faster
+    options: dict = {"cpp.use_decompose_tanh": True}  # by exp: 1e-7 off, and faster
     try:
-        torch.compile(F.gelu)(agent.dual)
+        torch.compile(F.gelu, options=options)(agent.dual)
     except Exception as error:  # torch raises many kinds
-        say(f"not compiled, which takes a C++ compiler: {str(error).splitlines()[0]}")
+        say(f"not compiled: {str(error).splitlines()[0]}")
         return
-    for name in ("pretrain_update", "update"):
-        setattr(agent, name, torch.compile(getattr(agent, name)))
+    agent.descend = torch.compiler.disable(agent.descend)  # Adam gains nothing
+    agent.update = torch.compile(agent.update, options=options)
 
 
 def train(cfg: Config) -> None:
@@ -1405,7 +1410,7 @@ def train(cfg: Config) -> None:
     elif cfg.pretrained:
         start_from(agent, Path(cfg.pretrained))
     write_config(run_dir / "config.json", cfg, facts)
-    compile_updates(agent)
+    compile_update(agent)
 
     # the plan: which step ends a phase, and when to evaluate
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
