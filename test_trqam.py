@@ -1226,7 +1226,7 @@ class Evil:
         return open, ("owned", "w")
 
 
-@pytest.mark.parametrize("content", [0, 20000, {"format": 0}, [1, 2], Evil()])
+@pytest.mark.parametrize("content", [0, 20000, {"format": 0}, {"format": 99}, [1, 2], Evil()])
 def test_checkpoints_that_are_none_are_refused(content, finished):
     """Cut, of another version or crafted: they run nothing, and stay as they are."""
     path = RUN / "checkpoint.pt"
@@ -1334,8 +1334,9 @@ def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
             trqam.load_flow(RUN / "checkpoint.pt")
 
 
-WALK = "--scale paper --device cpu --width 16 --layers 2 --critics 2 --flow-steps 2 --batch 8"
-WALK += " --pretrain-steps 1 --offline-steps 1 --final-episodes 1 --dataset-dir data --run-dir task"
+WALK = "--scale paper --device cpu --no-compile --workers 1 --width 16 --layers 2 --critics 2"
+WALK += " --flow-steps 2 --batch 8 --pretrain-steps 1 --offline-steps 1 --final-episodes 1"
+WALK += " --dataset-dir data --run-dir task"
 
 
 @pytest.mark.parametrize("domain", [row[0] for row in ROWS[:10]])
