@@ -7,11 +7,14 @@ random. Nothing here touches the network. `pytest -q test_trqam.py`
 
 from __future__ import annotations
 
+import ast
 import builtins
 import copy
 import csv
+import dis
 import hashlib
 import http.server
+import inspect
 import itertools
 import json
 import math
@@ -19,12 +22,12 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import symtable
 import sys
 import threading
 import time
@@ -541,6 +544,31 @@ def test_noise_is_the_generators():
     noise["t_flow"] = (noise["t_flow"] - 0.5) * math.sqrt(12)
     columns = torch.cat([x.movedim(-2, 0).flatten(1) for x in noise.values()], 1)
     assert_close(columns.T @ columns / 9999, torch.eye(29), rtol=0, atol=0.06)
+
+
+CRITICS = {
+    "huge": lambda x: 1 + x,
+    "steps": lambda x: x.sign() + x.relu(),
+    "nan": lambda x: torch.where(x.abs() < 0.3, torch.nan, x),
+    "root": lambda x: x.abs().sqrt(),  # infinite slope at 0
+}
+
+
+@settings(max_examples=30)
+@given(sampled_from(sorted(CRITICS)), floats(-3, 300))
+def test_adversarial_critics(kind, exponent):
+    """Whatever the target critic: λ in its bracket and all finite, or metrics that tell."""
+    agent = golden_agent()
+    agent.target_critic.forward = lambda obs, x: (
+        10**exponent * CRITICS[kind](x.sum(-1, keepdim=True)).expand(3, -1, -1)
+    )
+    for _ in range(3):
+        metrics = agent.update(*golden_inputs(SMALL, 1))
+        if not all(value.isfinite() for value in metrics.values()):
+            assert exponent > 60 or kind in ("nan", "root")
+            break
+        assert 0.0299999 <= agent.lam <= 300 and 0 <= agent.kl_ema <= 1
+        assert all(x.isfinite().all() for x in agent.state_dict().values())
 
 
 SCRIPT = Path(trqam.__file__).resolve()
@@ -1073,6 +1101,13 @@ def test_damaged_datasets_are_refused(changes, text):
         trqam.load_data(tiny("--dataset-dir data"))
 
 
+@pytest.mark.parametrize("kind", [MemoryError, PermissionError])
+def test_data_that_can_not_be_read_are_not_damaged(kind, monkeypatch):
+    monkeypatch.setattr(np, "load", MagicMock(side_effect=kind("the reason")))
+    with pytest.raises(kind, match=r"^the reason$"):
+        trqam.load_data(tiny())
+
+
 # ========================================================================================= runs
 
 
@@ -1437,6 +1472,13 @@ def test_report_of_nothing():
     assert "expected a folder, got nowhere" in report("nowhere", code=2)
 
 
+def test_full_disk_is_told_before_the_first_update():
+    """Files can't grow beyond 20 kB."""
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert "error: [Errno 27]" in call(code=1, prepare=full)
+    assert not {"train.csv", "checkpoint.pt"} & set(files(RUN))
+
+
 # ================================================================================= command line
 
 MISTAKES = r"""
@@ -1534,10 +1576,12 @@ def test_readme_acts_with_a_trained_policy(finished):
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
-def globals_of(table):
-    """The global names that a scope and those in it use."""
-    names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-    return names.union(*map(globals_of, table.get_children()))
+def names_in(code):
+    """The names that code, and the code inside it, asks the module for; annotations are none."""
+    names = {
+        x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return names.union(*(names_in(x) for x in code.co_consts if inspect.iscode(x)))
 
 
 def test_the_mathematics_is_copied_alone():
@@ -1548,8 +1592,16 @@ def test_the_mathematics_is_copied_alone():
     assert imports == {"__future__", "math", "torch", "collections.abc"}
     copied = {}
     exec(text, copied)
-    used = globals_of(symtable.symtable(text, "trqam.py", "exec"))
-    assert used <= {*copied, *dir(builtins)}
+    assert names_in(compile(text, "trqam.py", "exec")) <= {*copied, *dir(builtins)}
+
+
+def test_nothing_is_used_above_its_definition():
+    """A class or function asks for names that stand above it, or for its own."""
+    above = {*dir(builtins), "__annotations__"}
+    for statement in ast.parse(SCRIPT.read_text()).body:
+        code = compile(ast.Module([statement], []), "trqam.py", "exec")
+        above.update(x.argval for x in dis.get_instructions(code) if x.opname == "STORE_NAME")
+        assert names_in(code) <= above, f"line {statement.lineno}: {names_in(code) - above}"
 
 
 def test_video_shows_final_episodes(finished, played, monkeypatch):
