@@ -1080,7 +1080,6 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
     obs, _ = env.reset(seed=seed)
     physics = getattr(env.unwrapped, "_data", None)
     if physics:  # OGBench's reset takes steps with unseeded actions: clear what they leave
-        physics.ctrl[:] = 0
         physics.qacc_warmstart[:] = 0
     done = False
     while not done:
