@@ -50,7 +50,7 @@ from torch.fx.experimental import _config as fx_config
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import trqam
 
@@ -1314,13 +1314,14 @@ def test_flow_of_the_authors_acts_as_by_hand(norm):
         trqam.start_from(agent, Path("params.pkl"))
         inputs = [wave(1, 1, 6, 28), wave(2, 1, 6, 25), wave(3, 1, 6, 1)]
         x = torch.cat(inputs, -1)
+        arrays = tree_map(torch.from_numpy, layers)
         for i in range(3):
-            x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+            x = x @ arrays[f"Dense_{i}"]["kernel"] + arrays[f"Dense_{i}"]["bias"]
             if i < 2:
                 x = torch.nn.functional.gelu(x, approximate="tanh")
             if norm and i < 2:
                 x = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
-                x = x * layers[f"LayerNorm_{i}"]["scale"] + layers[f"LayerNorm_{i}"]["bias"]
+                x = x * arrays[f"LayerNorm_{i}"]["scale"] + arrays[f"LayerNorm_{i}"]["bias"]
         assert_close(agent.base(*inputs), x)
     wider = trqam.Agent(replace(cfg, width=9), 28, 5)
     with pytest.raises(ValueError, match=r"(?s)run's sizes in params.pkl.*\[54, 8\].*\[54, 9\]"):
