@@ -2145,6 +2145,10 @@ def test_adapt_gives_each_row_its_own_condition(seed, B, H, A):
             close(v(x[2], t[2]), expected[2])
     flat = trqam.adapt(lambda x, t: x * t[:, None], event_dims=1)
     close(flat(x[..., 0], t[..., 0]), (x * t)[..., 0])
+    half = trqam.adapt(lambda x, t: x.bfloat16(), event_dims=2)
+    assert half(x, t).dtype == x.dtype
+    with pytest.raises(ValueError, match="expected a condition"):
+        trqam.adapt(net, condition[1:], condition, event_dims=2)(x, t)
     with pytest.raises(ValueError, match="expected net"):
         trqam.adapt(lambda x, t: x[..., :1], event_dims=2)(torch.ones(2, 3, 2), torch.ones(1, 1, 1))
 
@@ -2240,6 +2244,7 @@ class Patient:
     def __init__(self):
         net, self.loss = pretrained_expert()
         self.net = copy.deepcopy(net).eval()
+        self.policy = copy.deepcopy(self.net)
         self.obs, self.actions = demonstrations(256, 3, 2)
 
     def velocity(self, net):
@@ -2248,8 +2253,14 @@ class Patient:
     def first_aid(self, **changes):
         t = torch.linspace(0.02, 0.98, 256).view(-1, 1, 1)
         x_0 = torch.randn(self.actions.shape, generator=torch.Generator().manual_seed(0))
-        v = self.velocity(self.net)
-        given = {"v_fine": v, "v_base": v, "learning": [], "x_0": x_0, "x_1": self.actions, "t": t}
+        given = {
+            "v_fine": self.velocity(self.policy),
+            "v_base": self.velocity(self.net),
+            "learning": self.policy.parameters(),
+            "x_0": x_0,
+            "x_1": self.actions,
+            "t": t,
+        }
         return trqam.first_aid(**given | changes)
 
 
@@ -2260,14 +2271,21 @@ def patient():
 
 def test_first_aid_names_the_fault(patient):
     """Each would run without an error, the KL at its budget."""
-    twin = copy.deepcopy(patient.net)
-    moving = list(twin.parameters())
+    moving = list(patient.policy.parameters())
     before = [p.clone() for p in moving]
-    v_twin = patient.velocity(twin)
-    loss = patient.first_aid(v_fine=v_twin, learning=moving)
-    assert loss == pytest.approx(patient.loss, rel=0.2)
+    assert patient.first_aid() == pytest.approx(patient.loss, rel=0.2)
     with pytest.raises(ValueError, match="v_base to stay where v_fine moves"):
-        patient.first_aid(v_fine=v_twin, v_base=v_twin, learning=moving)
+        patient.first_aid(v_base=patient.velocity(patient.policy))
+    with pytest.raises(ValueError, match="v_fine to move with `learning`"):
+        patient.first_aid(learning=copy.deepcopy(patient.policy).parameters())
+
+    def out_of_memory(x, t, obs):
+        if not torch.equal(moving[0], before[0]):
+            raise MemoryError
+        return patient.net(x, t, obs)
+
+    with pytest.raises(MemoryError):
+        patient.first_aid(v_base=patient.velocity(out_of_memory))
     assert all(map(torch.equal, moving, before))
 
     def repeated_wrongly(x, t):
@@ -2300,7 +2318,7 @@ def test_first_aid_tells_a_wrong_convention_by_its_loss(patient):
     }
     for name, wrong in conventions.items():
         v = patient.velocity(wrong)
-        assert patient.first_aid(v_base=v, v_fine=v) > 1.15 * patient.first_aid(), name
+        assert patient.first_aid(v_base=v) > 1.15 * patient.first_aid(), name
 
 
 def test_first_aid_finds_nothing_in_our_agent(patient):

@@ -1261,7 +1261,7 @@ class Evil:
         return open, ("owned", "w")
 
 
-@pytest.mark.parametrize("content", [0, 20000, {"format": 0}, {"format": 99}, [1, 2], Evil()])
+@pytest.mark.parametrize("content", [0, 20000, {"format": 0}, {"format": 99}, {"format": trqam.FORMAT}, [1, 2], Evil()])
 def test_checkpoints_that_are_none_are_refused(content, finished):
     """Cut, of another version or crafted: they run nothing, and stay as they are."""
     path = RUN / "checkpoint.pt"
@@ -1277,7 +1277,24 @@ def test_checkpoints_that_are_none_are_refused(content, finished):
     assert files(RUN) == before and not Path("owned").exists()
 
 
-@pytest.mark.parametrize("content", [Evil(), {"agent": Evil()}, {"agent": {}}, np.load, []])
+class EvilType:
+    """A dtype of objects that says it has none: NumPy would take bytes of the file for pointers."""
+
+    def __reduce__(self):
+        make, arguments, state = np.dtype([("agent", "O")]).__reduce__()
+        return make, arguments, (*state[:-1], 16)
+
+
+class EvilScalar:
+    def __reduce__(self):
+        make, _ = np.float32(1).__reduce__()
+        return make, (EvilType(), b"pointers")
+
+
+EVIL = [Evil(), {"agent": Evil()}, EvilScalar(), {"agent": {}}, np.load, []]
+
+
+@pytest.mark.parametrize("content", EVIL)
 def test_pretrained_flows_that_are_none_are_refused(content):
     """They run nothing, as do files of other kinds and checkpoints that are crafted."""
     Path("flow.pkl").write_bytes(pickle.dumps(content))
@@ -1293,20 +1310,20 @@ def authors_flow(norm):
     """Layers of a flow as the authors' pretraining writes them, two hidden ones of 8."""
     layers = {}
     for i, (n_in, n_out) in enumerate([(54, 8), (8, 8), (8, 25)]):
-        kernel = wave(3 * i, 0.4, n_in, n_out).numpy()
+        kernel = wave(3 * i, 0.4, n_out, n_in).numpy().T  # in Fortran's order
         layers[f"Dense_{i}"] = {"kernel": kernel, "bias": kernel[0]}
         if norm and i < 2:
             layers[f"LayerNorm_{i}"] = {"scale": 1 + kernel[1], "bias": kernel[2]}
     return layers
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_flow_of_the_authors_acts_as_by_hand(norm):
+@pytest.mark.parametrize("norm, protocol", [(False, 5), (True, 4)])
+def test_flow_of_the_authors_acts_as_by_hand(norm, protocol):
     """Its pickle gives the sizes and, without jax, the velocity."""
     layers = authors_flow(norm)
     for nested in (layers, {"mlp": layers}):
         tree = {"agent": {"network": {"params": {"modules_actor_slow": nested}}}}
-        Path("params.pkl").write_bytes(pickle.dumps(tree))
+        Path("params.pkl").write_bytes(pickle.dumps(tree, protocol))
         cfg = configure("--scale laptop --device cpu --pretrained params.pkl")
         sizes = (cfg.width, cfg.layers, cfg.flow_layer_norm, cfg.pretrain_steps)
         assert sizes == (8, 2, norm, 0)

@@ -40,7 +40,7 @@ but math and torch is used: copy that part into your project. For the paper read
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
     The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). They
-    broadcast over x (B, …). K is the length of what is given: never pass a slice over k.
+    broadcast over x (B, …). What takes K from a length must not be given a slice over k.
     """
     if K < 2:
         raise ValueError(f"expected K >= 2 flow steps, got {K}")
@@ -166,7 +166,7 @@ def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor, box: Box = (-1, 1)) -
     with torch.enable_grad():
         x = x_1.detach().requires_grad_()
         values = q(clip(x, box))
-        check_shape("q(x)", values, len(values), len(x))
+        check_shape("each critic's q(x)", values[0], len(x))
         value = values.mean(0)
         return pull_back("q", value, x, torch.ones_like(value))
 
@@ -274,7 +274,7 @@ def adapt(
     reverse: bool = False,
     stepwise: bool = False,
 ) -> Velocity:
-    """v(x, t) of a network net(x (N, …), t (N,), *conditions (N, …)), as many are written.
+    """v(x, t) of a network net(x (N, …), t (N,), *conditions (N, …)), N = B, or K·B, k outermost.
 
     A chunk has `event_dims` dimensions: 2 for (H, A), 1 for (D,). Conditions (B, …), such as
     observations, are repeated for each of the K steps. `reverse`: the network has its noise at
@@ -285,18 +285,20 @@ def adapt(
     def v(x: Tensor, t: Tensor) -> Tensor:
         if stepwise and x.ndim == event_dims + 2:
             return torch.stack([v(x[k], t[k]) for k in range(len(x))])
+        for c in conditions:
+            check_shape("a condition", c, x.shape[-1 - event_dims], *c.shape[1:])
         rows = x.flatten(0, -1 - event_dims)  # N = K·B, or B
         times = t.expand_as(x).reshape(len(rows), -1)[:, 0]
         repeated = [torch.cat([c] * (len(rows) // len(c))) for c in conditions]
         out = -net(rows, 1 - times, *repeated) if reverse else net(rows, times, *repeated)
         check_shape("net(x, t, …)", out, *rows.shape)
-        return out.view(x.shape)
+        return out.view(x.shape).to(x.dtype)
 
     return v
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the precision of a network, be it in half precision."""
+    """Equal to 1 %, which half precision keeps."""
     return torch.allclose(a, b, 1e-2, 1e-2)
 
 
@@ -304,7 +306,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def first_aid(
     v_fine: Velocity,
     v_base: Velocity,
-    learning: list[Tensor],
+    learning: Iterable[Tensor],
     x_0: Tensor,
     x_1: Tensor,
     t: Tensor,
@@ -315,7 +317,7 @@ def first_aid(
     learning: the parameters that the optimizer moves. x_0, x_1 (B, …): noise, and chunks of your
     data, of different observations; t (B, 1, …) in (0, 1). Raises ValueError. Returns the
     flow-matching loss of v_base: if it is not near that of the pretraining, then the direction of
-    time, the sign or the scale of actions is another one.
+    time, the sign or the scale of actions differs.
     """
     if not torch.equal(x_1, clip(x_1, box)):
         raise ValueError(f"expected actions in {box}, got some outside: normalise, or give `box`")
@@ -329,15 +331,22 @@ def first_aid(
         if not same(out, torch.stack([v(x[k], times[k]) for k in range(2)])):
             raise ValueError(f"expected {name}(x, t)[k] to be {name}(x[k], t[k]): use `adapt`")
 
+    learning = list(learning)
     weights = [p.clone() for p in learning]
-    before = v_base(x, times)
-    for p in learning:
-        p.add_(1)
-    after = v_base(x, times)
-    for p, weight in zip(learning, weights, strict=True):
-        p.copy_(weight)
-    if not same(before, after):
+    base = v_base(x, times)
+    fine = v_fine(x, times)
+    try:
+        for p in learning:
+            p.add_(1)
+        base_stays = same(base, v_base(x, times))
+        fine_stays = same(fine, v_fine(x, times))
+    finally:
+        for p, weight in zip(learning, weights, strict=True):
+            p.copy_(weight)
+    if not base_stays:
         raise ValueError("expected v_base to stay where v_fine moves: deepcopy the network")
+    if fine_stays:
+        raise ValueError("expected v_fine to move with `learning`: are they its parameters?")
     return loss
 
 
@@ -603,8 +612,8 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     # networks -------------------------------------------------------------------------
 
-    width: int = 512  # hidden width of all networks
-    layers: int = 4  # hidden layers of all networks
+    width: int = 512  # hidden width of all networks; with --pretrained the flow's
+    layers: int = 4  # hidden layers of all networks; with --pretrained the flow's
     flow_layer_norm: bool = False  # LayerNorm in the flows; the critics always have it
 
     # critic ---------------------------------------------------------------------------
@@ -631,7 +640,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     pretrain_lr: float = 3e-4  # Adam's learning rate in pretraining
     pretrain_decay: bool = False  # cosine decay of it, to 0
     pretrain_steps: int = 300_000  # updates of behaviour cloning; with --pretrained 0
-    pretrained: str | None = None  # flow to start from: checkpoint.pt, or the authors' params_*.pkl
+    pretrained: str | None = None  # start from the base of a checkpoint.pt or the authors' .pkl
     offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
@@ -1122,8 +1131,8 @@ def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pi
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
-    With several workers on the CPU; an episode does not depend on their number. Raises
-    ChildProcessError.
+    Several workers play on the CPU, one on the agent's device; on the CPU an episode does not
+    depend on their number. Raises ChildProcessError.
     """
     workers = agent.cfg.workers
     if workers > 1 and sys.platform == "linux":
@@ -1247,6 +1256,9 @@ def load_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}")
+        Config(**saved["config"])
+        if not {"dims", "data", "agent", "progress"} <= saved.keys():
+            raise ValueError("parts are missing")
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
@@ -1284,14 +1296,34 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     return agent
 
 
+class Stub:
+    """Stands for a NumPy object of a pickle: keeps arguments and state, and runs nothing."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def tensor(self) -> Tensor:
+        """The array that it stands for."""
+        if len(self.arguments) == 4:  # pickle protocol 5
+            data, dtype, shape, order = self.arguments
+        else:
+            _, shape, dtype, fortran, data = self.state
+            order = "F" if fortran else "C"
+        kind = dtype.state[1] + dtype.arguments[0]  # such as "<f4"
+        return torch.tensor(np.frombuffer(data, kind).reshape(shape, order=order))
+
+
 class ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of arrays in containers, and refuses one with anything else in it."""
+    """Reads arrays in containers; nothing of NumPy is called, since a crafted dtype runs code."""
 
     def find_class(self, module: str, name: str) -> Any:
         arrays = r"numpy(\._?core\.\w+)? (_reconstruct|_frombuffer|ndarray|dtype|scalar)"
         if not re.fullmatch(arrays, f"{module} {name}"):
             raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
+        return Stub
 
 
 def load_flow(path: Path) -> tuple[dict, dict]:
@@ -1322,7 +1354,7 @@ def load_flow(path: Path) -> tuple[dict, dict]:
                 kind, i = layer.split("_")
                 for name, array in arrays.items():
                     ours = names[f"{kind} {name}"]
-                    flow[f"{ours}.{i}"] = torch.tensor(array)
+                    flow[f"{ours}.{i}"] = array.tensor()
         n_layers = sum(name.startswith("biases") for name in flow)
         sizes = {
             "width": len(flow["biases.0"]),
@@ -1496,7 +1528,7 @@ def report_changes(saved: dict, cfg: Config) -> None:
 
 
 def parse(args: list[str]) -> Config:
-    """Settings: flag > laptop scale > domain > paper; of a run that goes on: flag > checkpoint.
+    """Settings: flag > sizes of --pretrained > laptop scale > domain > paper; or flag > checkpoint.
 
     Raises ValueError, FileExistsError, OSError; SystemExit where tyro finds the call wrong.
     """
