@@ -575,7 +575,7 @@ SCRIPT = Path(trqam.__file__).resolve()
 RUN = Path("runs/cube-single-play/seed0")  # the folder of a run that is given none
 TINY = "--scale laptop --device cpu --width 16 --layers 2 --critics 2 --flow-steps 3 --batch 8"
 TINY += " --pretrain-steps 20 --offline-steps 20 --log-interval 5 --eval-interval 33"
-TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1 --no-compile"
+TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1"
 ONLINE = "--online-steps 60 --online-start 25"
 
 
@@ -1390,7 +1390,7 @@ def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
             trqam.load_flow(RUN / "checkpoint.pt")
 
 
-WALK = "--scale paper --device cpu --no-compile --workers 1 --width 16 --layers 2 --critics 2"
+WALK = "--scale paper --device cpu --workers 1 --width 16 --layers 2 --critics 2"
 WALK += " --flow-steps 2 --batch 8 --pretrain-steps 1 --offline-steps 1 --final-episodes 1"
 WALK += " --dataset-dir data --run-dir task"
 

@@ -61,15 +61,11 @@ def check_shape(name: str, x: Tensor, *expected: int) -> None:
         raise ValueError(f"expected {name} of shape {expected}, got {tuple(x.shape)}")
 
 
-def checked(name: str, v: Velocity) -> Velocity:
-    """v, but a result that has not the shape of x is an error."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        out = v(x, t)
-        check_shape(f"{name}(x, t)", out, *x.shape)
-        return out
-
-    return velocity
+def velocity(name: str, v: Velocity, x: Tensor, t: Tensor) -> Tensor:
+    """v(x, t), which has to have the shape of x."""
+    out = v(x, t)
+    check_shape(f"{name}(x, t)", out, *x.shape)
+    return out
 
 
 def pull_back(name: str, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -103,21 +99,19 @@ def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def flow_matching_loss(v: Velocity, x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
     """mean (v(x_t, t) − (x_1 − x_0))² at x_t = (1 − t) x_0 + t x_1; x (B, …), t (B, 1, …)."""
-    v = checked("v", v)
     check_shape("x_0", x_0, *x_1.shape)
     check_shape("t", t, len(x_1), *[1] * (x_1.ndim - 1))
     x_t = (1 - t) * x_0 + t * x_1
-    return (v(x_t, t) - (x_1 - x_0)).square().mean()
+    return (velocity("v", v, x_t, t) - (x_1 - x_0)).square().mean()
 
 
 @torch.no_grad()
 def sample_flow(v: Velocity, x_0: Tensor, K: int, box: Box = (-1, 1)) -> Tensor:
     """The acting policy: K Euler steps of dx = v dt from the noise x_0 (B, …), then the clip."""
-    v = checked("v", v)
     times, _ = schedule(K, x_0)
     x = x_0
     for t in times:
-        x = x + v(x, t) / K
+        x = x + velocity("v", v, x, t) / K
     return clip(x, box)
 
 
@@ -144,8 +138,6 @@ def simulate_sde(
     step is controlled and noisy: for that chain Theorem 1 has no discretisation error.
     x_0 (B, …), noise (K, B, …) standard normal -> X_0 … X_K (K + 1, B, …), without gradient.
     """
-    v_fine = checked("v_fine", v_fine)
-    v_base = checked("v_base", v_base)
     K = len(noise)
     check_shape("noise", noise, K, *x_0.shape)
     h = 1 / K
@@ -154,10 +146,10 @@ def simulate_sde(
     path = [x_0]
     for k in range(controlled_steps):
         x = path[-1]
-        drift = 2 * v_fine(x, t[k]) - x / (t[k] + h)
+        drift = 2 * velocity("v_fine", v_fine, x, t[k]) - x / (t[k] + h)
         path.append(x + h * drift + math.sqrt(h) * g[k] * noise[k])
     if not exact:
-        path.append(path[-1] + h * v_base(path[-1], t[-1]))
+        path.append(path[-1] + h * velocity("v_base", v_base, path[-1], t[-1]))
     return torch.stack(path)
 
 
@@ -180,7 +172,6 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     makes ã the derivative of the base chain. path (K + 1, B, …), terminal ã_K = −∇Q (B, …)
     -> ã_0 … ã_K (K + 1, B, …), without gradient.
     """
-    v_base = checked("v_base", v_base)
     K = len(path) - 1
     check_shape("terminal", terminal, *path[0].shape)
     t, _ = schedule(K, terminal)
@@ -190,7 +181,8 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
         time = t[k] if exact else pole
         with torch.enable_grad():
             x = path[k].detach().requires_grad_()
-            pulled_back = pull_back("v_base", v_base(x, time), x, adjoint[-1])
+            v = velocity("v_base", v_base, x, time)
+            pulled_back = pull_back("v_base", v, x, adjoint[-1])
         drift_gradient = 2 * pulled_back - adjoint[-1] / pole
         adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
@@ -198,13 +190,11 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
 
 def velocity_gap(v_fine: Velocity, v_base: Velocity, path: Tensor) -> Tensor:
     """Δv_k = (v_ft − v_base)(X_k, t_k), k < K; path (K + 1, B, …) -> (K, B, …); ∇ to v_ft only."""
-    v_fine = checked("v_fine", v_fine)
-    v_base = checked("v_base", v_base)
     x = path[:-1]
     t, _ = schedule(len(x), x[0])
     with torch.no_grad():
-        base = v_base(x, t)
-    return v_fine(x, t) - base
+        base = velocity("v_base", v_base, x, t)
+    return velocity("v_fine", v_fine, x, t) - base
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -599,7 +589,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
-    compile: bool = not torch.cuda.is_available()  # TRQAM's update through torch.compile
+    compile: bool = False  # TRQAM's update through torch.compile, which takes a C++ compiler
 
     # data -----------------------------------------------------------------------------
 
