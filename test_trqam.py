@@ -340,27 +340,6 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
         assert_close(updated(agent, "update", *inputs), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_compiled_updates_are_the_eager_ones():
-    """To 1e-5 over 50 of them; one state_dict."""
-    agent, eager = (golden_agent(compile=True) for _ in range(2))
-    trqam.compile_update(agent)
-    assert "update" in vars(agent)
-    for s in range(50):
-        inputs = golden_inputs(SMALL, s)
-        expected = updated(eager, "update", *inputs)
-        assert_close(updated(agent, "update", *inputs), expected, rtol=1e-5, atol=1e-5)
-    assert_close(agent.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
-
-
-def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
-    """And one line says why."""
-    monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
-    agent = golden_agent(compile=True)
-    trqam.compile_update(agent)
-    assert capsys.readouterr().out == "not compiled: no g++\n"
-    assert "update" not in vars(agent)
-
-
 # ======================================================================================== device
 # On torch's `meta` device there are no numbers: what reads one on the host raises.
 

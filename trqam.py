@@ -589,7 +589,6 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
     video: bool = False  # in the end, render three episodes to video.gif in the run's folder
-    compile: bool = False  # TRQAM's update through torch.compile, which takes a C++ compiler
 
     # data -----------------------------------------------------------------------------
 
@@ -1394,20 +1393,6 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
             yield transition["terminals"]
 
 
-def compile_update(agent: Any) -> None:
-    """An Agent's update through torch.compile, if so set; a line where it can't be compiled."""
-    if not agent.cfg.compile:
-        return
-    options: dict = {"cpp.use_decompose_tanh": True}  # by exp: 1e-7 off, and faster
-    try:
-        torch.compile(F.gelu, options=options)(agent.dual)
-    except Exception as error:  # torch raises many kinds
-        say(f"not compiled: {str(error).splitlines()[0]}")
-        return
-    agent.descend = torch.compiler.disable(agent.descend)  # Adam gains nothing
-    agent.update = torch.compile(agent.update, options=options)
-
-
 def train(cfg: Config) -> None:
     """Pretraining, offline and online fine-tuning in one loop, a step at a time.
 
@@ -1431,7 +1416,6 @@ def train(cfg: Config) -> None:
     elif cfg.pretrained:
         start_from(agent, Path(cfg.pretrained))
     write_config(run_dir / "config.json", cfg, facts)
-    compile_update(agent)
 
     # the plan: which step ends a phase, and when to evaluate
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
