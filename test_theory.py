@@ -2165,7 +2165,7 @@ def critic(obs, x):
     return -20 * (x - 0.4).square().sum((-1, -2)).expand(2, -1)
 
 
-def fine_tune(policy, reverse=True, updates=200):
+def fine_tune(policy, reverse=True, updates=300):
     """Run the README's lines on a foreign policy; returns what they leave."""
 
     def run(marker):
@@ -2193,8 +2193,8 @@ def fine_tune(policy, reverse=True, updates=200):
 
 
 def holds_the_budget(lam_and_kl, values, budget=1.0):
-    """Mean KL of the last 40 updates within 10 % of it, and the critic's value up."""
-    assert lam_and_kl[-40:, 1].mean() == pytest.approx(budget, rel=0.1)
+    """Mean KL of the last 60 updates within 10 % of it, and the critic's value up."""
+    assert lam_and_kl[-60:, 1].mean() == pytest.approx(budget, rel=0.1)
     before, after = values
     assert after > before + 0.5
 
