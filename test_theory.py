@@ -2079,6 +2079,7 @@ WRONG_SHAPES = {
     "q (B, 1)": (trqam.q_gradient, lambda x: x[:, :1], GAP[0]),
     "q (B, E)": (trqam.q_gradient, lambda x: x, GAP[0]),
     "one step of a gap": (trqam.path_kl, GAP[:1]),
+    "one step in the loss": (trqam.adjoint_matching_loss, GAP[:1], GAP[:1], 1.0),
     "one step of an adjoint": (trqam.closed_form_kl, GAP[:1], 1.0),
 }
 
@@ -2145,6 +2146,7 @@ def test_adapt_gives_each_row_its_own_condition(seed, B, H, A):
             close(v(x[2], t[2]), expected[2])
     flat = trqam.adapt(lambda x, t: x * t[:, None], event_dims=1)
     close(flat(x[..., 0], t[..., 0]), (x * t)[..., 0])
+    close(flat(x[..., :1, 0], t[..., 0]), (x * t)[..., :1, 0])  # chunks of one number
     half = trqam.adapt(lambda x, t: x.bfloat16(), event_dims=2)
     assert half(x, t).dtype == x.dtype
     with pytest.raises(ValueError, match="expected a condition"):
@@ -2319,6 +2321,14 @@ def test_first_aid_tells_a_wrong_convention_by_its_loss(patient):
     for name, wrong in conventions.items():
         v = patient.velocity(wrong)
         assert patient.first_aid(v_base=v) > 1.15 * patient.first_aid(), name
+
+
+def test_first_aid_compares_to_one_percent():
+    """Of the size, or of 1 where that is smaller."""
+    for size in (0.0, 100.0):
+        off = 0.01 * (1 + size)
+        assert trqam.same(tensor(size + 0.9 * off), tensor(size))
+        assert not trqam.same(tensor(size + 1.1 * off), tensor(size))
 
 
 def test_first_aid_finds_nothing_in_our_agent(patient):
