@@ -6,7 +6,7 @@ dual descent, holds the path-space KL to the pretrained policy at a budget.
 
     python trqam.py --env cube-single                      get data, pretrain, fine-tune, evaluate
     python trqam.py --env cube-single --resume             go on where it stopped, exactly
-    python trqam.py --env cube-single --eval-only --video  evaluate it and look at it
+    python trqam.py --env cube-single --eval-only          evaluate it again
 
     obs             s            (B, S)     observation
     x_0, x_t, x_1   x_0 x_τ x_1  (B, D)     noise, path point, action chunk (D = H·A, in [-1, 1])
@@ -30,7 +30,6 @@ but math and torch is used: copy that part into your project. For the paper read
 #     "ogbench>=1.2",
 #     "tyro>=1.0",
 #     "gymnasium>=1.0",
-#     "imageio>=2.31",
 #     "numpy>=1.26",
 #     "tqdm>=4.66",
 #     "filelock>=3.13",
@@ -351,7 +350,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -373,7 +371,6 @@ with suppress(ImportError):
     import triton  # noqa: F401  (before MuJoCo: it crashes once Mesa's LLVM is loaded)
 
 import gymnasium
-import imageio
 import numpy as np
 import ogbench
 import torch.nn.functional as F
@@ -588,7 +585,6 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     run_dir: str | None = None  # folder of the run; none: runs/<env>/seed<n>
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
-    video: bool = False  # in the end, render three episodes to video.gif in the run's folder
 
     # data -----------------------------------------------------------------------------
 
@@ -629,7 +625,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     pretrain_lr: float = 3e-4  # Adam's learning rate in pretraining
     pretrain_decay: bool = False  # cosine decay of it, to 0
     pretrain_steps: int = 300_000  # updates of behaviour cloning; with --pretrained 0
-    pretrained: str | None = None  # start from the base of a checkpoint.pt or the authors' .pkl
+    pretrained: str | None = None  # start from the base flow of a run's checkpoint.pt
     offline_steps: int = 1_000_000  # TRQAM updates on the dataset
     online_steps: int = 0  # environment steps with one TRQAM update each (paper: 500000)
     online_start: int = 5_000  # online steps before the updates go on
@@ -1285,76 +1281,19 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     return agent
 
 
-class Stub:
-    """Stands for a NumPy object of a pickle: keeps arguments and state, and runs nothing."""
-
-    def __init__(self, *arguments: Any):
-        self.arguments = arguments
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def tensor(self) -> Tensor:
-        """The array that it stands for."""
-        if len(self.arguments) == 4:  # pickle protocol 5
-            data, dtype, shape, order = self.arguments
-        else:
-            _, shape, dtype, fortran, data = self.state
-            order = "F" if fortran else "C"
-        kind = dtype.state[1] + dtype.arguments[0]  # such as "<f4"
-        return torch.tensor(np.frombuffer(data, kind).reshape(shape, order=order))
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Reads arrays in containers; nothing of NumPy is called, since a crafted dtype runs code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        arrays = r"numpy(\._?core\.\w+)? (_reconstruct|_frombuffer|ndarray|dtype|scalar)"
-        if not re.fullmatch(arrays, f"{module} {name}"):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return Stub
-
-
 def load_flow(path: Path) -> tuple[dict, dict]:
-    """Weights of a pretrained flow, and its sizes in the words of `Config`. Raises OSError.
+    """Weights of a run's pretrained flow, and its sizes in the words of `Config`.
 
-    From a checkpoint of ours, of any task, or the authors' pickle (flax names, without jax).
+    Of any task, since cloning does not depend on it. Raises OSError, and ValueError if the
+    pretraining has not ended.
     """
-    try:
-        flow = {}
-        if zipfile.is_zipfile(path):
-            saved = load_checkpoint(path)
-            if saved["progress"]["step"] < saved["config"]["pretrain_steps"]:
-                raise ValueError("its pretraining has not ended")
-            for name, x in saved["agent"].items():
-                if name.startswith("base."):
-                    flow[name.removeprefix("base.")] = x
-        else:
-            names = {
-                "Dense kernel": "weights",
-                "Dense bias": "biases",
-                "LayerNorm scale": "scales",
-                "LayerNorm bias": "offsets",
-            }
-            with open(path, "rb") as file:
-                network = ArraysOnly(file).load()["agent"]["network"]["params"]
-            layers = network["modules_actor_slow"]
-            for layer, arrays in layers.get("mlp", layers).items():
-                kind, i = layer.split("_")
-                for name, array in arrays.items():
-                    ours = names[f"{kind} {name}"]
-                    flow[f"{ours}.{i}"] = array.tensor()
-        n_layers = sum(name.startswith("biases") for name in flow)
-        sizes = {
-            "width": len(flow["biases.0"]),
-            "layers": n_layers - 1,
-            "flow_layer_norm": "scales.0" in flow,
-        }
-    except OSError:
-        raise
-    except Exception as error:  # of damaged and of hostile files, many kinds
-        raise OSError(f"expected a pretrained flow, got {path}: {error!r}") from error
-    return flow, sizes
+    saved = load_checkpoint(path)
+    config = saved["config"]
+    if saved["progress"]["step"] < config["pretrain_steps"]:
+        raise ValueError(f"expected a flow whose pretraining has ended, got {path}")
+    prefix = "base."
+    flow = {k.removeprefix(prefix): x for k, x in saved["agent"].items() if k.startswith(prefix)}
+    return flow, {name: config[name] for name in ("width", "layers", "flow_layer_norm")}
 
 
 def start_from(agent: Agent, path: Path) -> None:
@@ -1480,7 +1419,7 @@ def train(cfg: Config) -> None:
 
 
 # =================================================================================== command line
-SWITCHES = {"resume": False, "eval_only": False, "video": False}
+SWITCHES = {"resume": False, "eval_only": False}
 # what a run that goes on can't change
 FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
@@ -1539,30 +1478,6 @@ def stop(checkpoint: Path, number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-def render_video(checkpoint: Path, video: Path) -> None:
-    """Three evaluation episodes of a run's policy, every second step, as a GIF."""
-    warnings.filterwarnings("ignore", module="gymnasium|glfw")
-    agent = load_agent(checkpoint)
-    env = make_env(agent.cfg.env, render_mode="rgb_array", width=240, height=240)
-    steps = itertools.chain.from_iterable(play(agent, env, FINAL, i) for i in range(3))
-    frames: list = [env.render() for n, _ in enumerate(steps) if n % 2 == 0]
-    imageio.mimsave(video, frames, duration=100, loop=0)
-
-
-def render_apart(checkpoint: Path, video: Path) -> None:
-    """`render_video` in a process of its own, as MuJoCo takes its OpenGL at import: OSError."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=render_video, args=(checkpoint, video), daemon=True)
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        advice = "install EGL (libegl1, libegl-mesa0), or OSMesa and set MUJOCO_GL=osmesa"
-        raise OSError(f"expected OpenGL for {video}, got the error above; {advice}")
-    say(f"video: {video}")
-
-
 def keep_freed_memory() -> None:
     """glibc returns freed memory to the system, and gets it back page by page at the next update.
 
@@ -1593,8 +1508,6 @@ def main() -> int:
         else:
             with alone(cfg.checkpoint.with_name("run.lock"), wait=False):
                 train(cfg)
-        if cfg.video:
-            render_apart(cfg.checkpoint, cfg.checkpoint.with_name("video.gif"))
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"trqam.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileExistsError)) else 1

@@ -1,0 +1,110 @@
+"""Turn a flow that TRQAM's authors pretrained into a checkpoint.pt for trqam.py's --pretrained.
+
+    python .github/from_authors.py params.pkl flow.pt
+    python trqam.py --env scene --scale paper --pretrained flow.pt
+
+They are at Hugging Face, yonghoon96/trqam-bc-checkpoints; read without jax. Nothing of the file is
+run: a pickle's NumPy objects become stubs, since a crafted dtype makes NumPy itself take bytes of
+the file for pointers. Exit code 1 if the file is none of them, 2 for a wrong call.
+"""
+
+import pickle
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import trqam
+
+NAMES = {
+    "Dense kernel": "weights",
+    "Dense bias": "biases",
+    "LayerNorm scale": "scales",
+    "LayerNorm bias": "offsets",
+}
+
+
+class Stub:
+    """Stands for a NumPy object of a pickle: keeps arguments and state, and runs nothing."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def tensor(self) -> torch.Tensor:
+        """The array that it stands for."""
+        if len(self.arguments) == 4:  # pickle protocol 5
+            data, dtype, shape, order = self.arguments
+        else:
+            _, shape, dtype, fortran, data = self.state
+            order = "F" if fortran else "C"
+        kind = dtype.state[1] + dtype.arguments[0]  # such as "<f4"
+        return torch.tensor(np.frombuffer(data, kind).reshape(shape, order=order))
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads arrays in containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = r"numpy(\._?core\.\w+)? (_reconstruct|_frombuffer|ndarray|dtype|scalar)"
+        if not re.fullmatch(arrays, f"{module} {name}"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return Stub
+
+
+def read(path: str) -> dict:
+    """The flow's weights by the names of `trqam.MLP`. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            network = ArraysOnly(file).load()["agent"]["network"]["params"]
+        layers = network["modules_actor_slow"]
+        flow = {}
+        for layer, arrays in layers.get("mlp", layers).items():
+            kind, i = layer.split("_")
+            for name, array in arrays.items():
+                ours = NAMES[f"{kind} {name}"]
+                flow[f"base.{ours}.{i}"] = array.tensor()
+    except OSError:
+        raise
+    except Exception as error:  # of damaged and of hostile files, many kinds
+        raise OSError(f"expected a flow of TRQAM's authors, got {path}: {error!r}") from error
+    return flow
+
+
+def main(source: str, target: str) -> None:
+    """A checkpoint that has nothing but the flow."""
+    flow = read(source)
+    cfg = replace(
+        trqam.Config(),
+        width=len(flow["base.biases.0"]),
+        layers=sum(name.startswith("base.biases") for name in flow) - 1,
+        flow_layer_norm="base.scales.0" in flow,
+        pretrain_steps=0,
+    )
+    content = {
+        "format": trqam.FORMAT,
+        "config": asdict(cfg),
+        "dims": None,
+        "data": None,
+        "agent": flow,
+        "progress": vars(trqam.Progress()),
+    }
+    torch.save(content, target)
+    print(f"{target}: width {cfg.width}, {cfg.layers} layers, LayerNorm {cfg.flow_layer_norm}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        print(f"expected two files\n\n{__doc__}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(*sys.argv[1:])
+    except OSError as error:
+        sys.exit(str(error))
