@@ -1378,6 +1378,7 @@ MISTAKES = r"""
 2  --run-dir {run} --resume --data-seed 1   expected the run's own data_seed 0, got 1
 2  --run-dir {run} --resume --transitions 9  expected the run's own transitions 300000, got 9
 2  --run-dir {run} --resume --offline-steps 9  expected the run's own offline_steps 20, got 9
+2  --run-dir {run} --resume --online-steps 9  expected the run's own online_steps 60, got 9
 2  --run-dir {run} --resume --dataset-dir {run}/other  expected the run's data, got other ones
 1  --eval-only                              No such file.*checkpoint.pt
 1  --run-dir {run}/screen/run               Not a directory

@@ -20,7 +20,7 @@ dual descent, holds the path-space KL to the pretrained policy at a budget.
 
 B batch, S state, A action, H chunk, K flow steps, E critics. Where the paper is silent or differs
 we follow the authors' published code, and say so. From here to `imports of the program` nothing
-but math and torch is used: copy that part into your project. For the paper read on through `agent`.
+but math and torch is needed: copy it into your project. For the paper read on through `agent`.
 """
 
 # /// script
@@ -85,8 +85,8 @@ def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
 
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
-    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). They
-    broadcast over x (B, …). What takes K from a length must not be given a slice over k.
+    The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). Both
+    broadcast over x (B, …). K is the length of the path: a slice of it over k has other times.
     """
     if K < 2:
         raise ValueError(f"expected K >= 2 flow steps, got {K}")
@@ -177,10 +177,10 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     adjoint = [terminal]
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
-        time = t[k] if exact else pole
+        t_base = t[k] if exact else pole
         with torch.enable_grad():
             x = path[k].detach().requires_grad_()
-            v = velocity("v_base", v_base, x, time)
+            v = velocity("v_base", v_base, x, t_base)
             pulled_back = pull_back("v_base", v, x, adjoint[-1])
         drift_gradient = 2 * pulled_back - adjoint[-1] / pole
         adjoint.append(adjoint[-1] + drift_gradient / K)
@@ -287,7 +287,7 @@ def adapt(
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to 1 %, which half precision keeps."""
+    """Equal to 1 % + 0.01, which half precision keeps."""
     return torch.allclose(a, b, 1e-2, 1e-2)
 
 
@@ -368,7 +368,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 with suppress(ImportError):
-    import triton  # noqa: F401  (before MuJoCo: it crashes once Mesa's LLVM is loaded)
+    import triton  # noqa: F401  (it crashes if MuJoCo has loaded Mesa's LLVM before)
 
 import gymnasium
 import numpy as np
@@ -403,7 +403,7 @@ class MLP(nn.Module):
         self.offsets = nn.ParameterList(torch.zeros(*rows, n) for n in normed)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """(..., B or 1, in) each -> ([E,] ..., B, out)."""
+        """(…, B or 1, in) each -> (…, B, out); an ensemble takes (B, in) -> (E, B, out)."""
         lead = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
         x = torch.cat([x.expand(*lead, -1) for x in inputs], -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
@@ -568,6 +568,7 @@ class Agent(nn.Module):
 
 
 # ======================================================================================= settings
+# OGBench's domains, by the single tasks that it registers
 DOMAINS = re.findall(r"^(?!visual-)(.+)-singletask-v0$", "\n".join(gymnasium.registry), re.M)
 MAZES = [domain for domain in DOMAINS if re.search("maze|soccer", domain)]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -644,7 +645,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
         return Path(self.run_dir or "", "checkpoint.pt")
 
 
-# The paper's settings. ε_KL is known to us for two of the domains, the others take its code's 1.0
+# The paper's settings, but for most ε_KL
 PAPER = """
 domain              chunk width flow_layer_norm gamma rho kl_budget
 antmaze-large           1   512           false 0.995 0.5       1.0
@@ -676,6 +677,7 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
 }
 
 
+# the numbers that `check` takes
 SIZES = ["width", "layers", "critics", "chunk", "batch", "transitions", "workers"]
 SIZES += ["eval_interval", "eval_episodes", "final_episodes", "log_interval"]
 COUNTS = ["seed", "data_seed", "pretrain_steps", "offline_steps", "online_steps", "online_start"]
@@ -791,7 +793,7 @@ def progress_bar(text: str, total: int, done: int = 0) -> tqdm:
 
 
 def alone(lock_file: Path, wait: bool) -> Any:
-    """A lock, for `with`: one process at a time goes on. Makes the folder. Raises OSError."""
+    """A lock, taken until the end of a `with`: one process at a time goes on. Raises OSError."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
@@ -805,7 +807,7 @@ def alone(lock_file: Path, wait: bool) -> Any:
 
 
 def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
-    """A result for each job, in turn, from n processes `target(share of the jobs, pipe)`.
+    """The episode of each job, in turn, from n processes `target(share of the jobs, pipe)`.
 
     Raises ChildProcessError.
     """
@@ -850,7 +852,7 @@ def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: i
         obs, info = env.set_new_target(p_stack=p_stack)
     episode = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     low, high = env._workspace_bounds
-    cube = episode["qpos"][:, 14:17]
+    cube = episode["qpos"][:, 14:17]  # its position
     if domain == "scene" and not np.all((low - 0.2 < cube) & (cube < high + 0.2)):
         return collect_episode(env, oracles, domain, key, attempt + 1)  # the cube was lost
     return episode
@@ -1004,7 +1006,7 @@ class ReplayBuffer:
         return {
             "obs": self.arrays["observations"][steps[:, 0]],
             "next_obs": self.arrays["next_observations"][steps[:, -1]],
-            "actions": actions.clamp(-1 + 1e-5, 1 - 1e-5),
+            "actions": actions.clamp(-1 + 1e-5, 1 - 1e-5),  # authors' code
             "rewards": rewards.sum(1),
             "masks": self.arrays["masks"][steps].amin(1),
         }
@@ -1014,6 +1016,8 @@ def make_env(env: str, **options: Any) -> gymnasium.Env:
     """The environment of a full id. Raises ValueError."""
     try:
         return ogbench.make_env_and_datasets(env, env_only=True, **options)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # gymnasium and mujoco raise many kinds
         raise ValueError(f"expected an --env that OGBench can build, got {env}: {error}") from error
 
@@ -1041,7 +1045,7 @@ def load_data(cfg: Config) -> tuple:
         sets = ogbench.make_env_and_datasets(
             cfg.env, dataset_path=str(path), dataset_only=True, cur_env=env
         )
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
         raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
@@ -1244,7 +1248,7 @@ def load_checkpoint(path: Path) -> dict:
         Config(**saved["config"])
         if not {"dims", "data", "agent", "progress"} <= saved.keys():
             raise ValueError("parts are missing")
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
         expected = f"a checkpoint of format {FORMAT}"
@@ -1273,6 +1277,8 @@ def restore(path, agent, generator, buffer, facts) -> Progress:
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent of a run's checkpoint.pt. Raises OSError if there is none or it is damaged."""
     saved = load_checkpoint(Path(path))
+    if saved["dims"] is None:
+        raise OSError(f"expected an agent, got {path}, a flow alone, which is for --pretrained")
     cfg = replace(Config(**saved["config"]), device=device)
     agent = Agent(cfg, *saved["dims"])
     agent.load_state_dict(saved["agent"])
@@ -1282,10 +1288,9 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
 
 
 def load_flow(path: Path) -> tuple[dict, dict]:
-    """Weights of a run's pretrained flow, and its sizes in the words of `Config`.
+    """Weights of the cloned flow of a run of any task, and its sizes in the words of `Config`.
 
-    Of any task, since cloning does not depend on it. Raises OSError, and ValueError if the
-    pretraining has not ended.
+    Raises OSError, and ValueError if its pretraining has not ended.
     """
     saved = load_checkpoint(path)
     config = saved["config"]
@@ -1361,7 +1366,7 @@ def train(cfg: Config) -> None:
     ends = dict(zip(LINES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
     online = explore(agent, buffer, progress)
-    whole = True  # no online episode is under way: a checkpoint may be taken
+    whole = True  # no online episode is under way, which a checkpoint would lose
     save_time = 0.0  # from when on the next one is due
     began = time.time() - progress.seconds
     bar = progress_bar("", 0)
@@ -1434,7 +1439,8 @@ def report_changes(saved: dict, cfg: Config) -> None:
         new = getattr(cfg, name)
         if new == old or name in SWITCHES or name == "run_dir":
             continue
-        if name in fixed:
+        shorter = name in ("offline_steps", "online_steps") and new < old
+        if name in fixed or shorter:
             advice = "leave it out, or take another --run-dir"
             raise ValueError(f"expected the run's own {name} {old}, got {new}; {advice}")
         say(f"{name} {old} -> {new}")

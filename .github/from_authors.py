@@ -11,7 +11,7 @@ the file for pointers. Exit code 1 if the file is none of them, 2 for a wrong ca
 import pickle
 import re
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ class ArraysOnly(pickle.Unpickler):
         return Stub
 
 
-def read(path: str) -> dict:
-    """The flow's weights by the names of `trqam.MLP`. Raises OSError."""
+def read(path: str) -> tuple[dict, dict]:
+    """The flow's weights by the names of `trqam.MLP`, and its sizes. Raises OSError."""
     try:
         with open(path, "rb") as file:
             network = ArraysOnly(file).load()["agent"]["network"]["params"]
@@ -71,33 +71,32 @@ def read(path: str) -> dict:
             for name, array in arrays.items():
                 ours = NAMES[f"{kind} {name}"]
                 flow[f"base.{ours}.{i}"] = array.tensor()
+        sizes = {
+            "width": len(flow["base.biases.0"]),
+            "layers": sum(name.startswith("base.biases") for name in flow) - 1,
+            "flow_layer_norm": "base.scales.0" in flow,
+        }
     except OSError:
         raise
     except Exception as error:  # of damaged and of hostile files, many kinds
         raise OSError(f"expected a flow of TRQAM's authors, got {path}: {error!r}") from error
-    return flow
+    return flow, sizes
 
 
 def main(source: str, target: str) -> None:
-    """A checkpoint that has nothing but the flow."""
-    flow = read(source)
-    cfg = replace(
-        trqam.Config(),
-        width=len(flow["base.biases.0"]),
-        layers=sum(name.startswith("base.biases") for name in flow) - 1,
-        flow_layer_norm="base.scales.0" in flow,
-        pretrain_steps=0,
-    )
+    """Write a checkpoint that has nothing but the flow."""
+    flow, sizes = read(source)
     content = {
         "format": trqam.FORMAT,
-        "config": asdict(cfg),
+        "config": asdict(trqam.Config(**sizes, pretrain_steps=0)),
         "dims": None,
         "data": None,
         "agent": flow,
         "progress": vars(trqam.Progress()),
     }
-    torch.save(content, target)
-    print(f"{target}: width {cfg.width}, {cfg.layers} layers, LayerNorm {cfg.flow_layer_norm}")
+    with open(target, "wb") as file:
+        torch.save(content, file)
+    print(f"{target}: {sizes}")
 
 
 if __name__ == "__main__":
