@@ -11,10 +11,11 @@ dual descent, holds the path-space KL to the pretrained policy at a budget.
     obs             s            (B, S)     observation
     x_0, x_t, x_1   x_0 x_τ x_1  (B, D)     noise, path point, action chunk (D = H·A, in [-1, 1])
     t, h            τ, h = 1/K   (…, 1)     flow time (0 noise, 1 action) and step
-    v_base          v_base       (B, D)     velocity of the pretrained flow (its Polyak average)
-    v_fine, gap     v_ft, Δv     (K, B, D)  velocity of the fine-tuned flow, v_ft − v_base
-    g, sigma        g = √λ σ     (K, 1, 1)  memoryless diffusion, control gain
-    u, adjoint      u, ã         (K, B, D)  control 2 Δv/σ, lean adjoint
+    v_base(x, t)    v_base       (B, D)     velocity of the pretrained flow (its Polyak average)
+    v_fine(x, t)    v_ft         (B, D)     velocity of the fine-tuned flow
+    path, adjoint   X_k, ã_k     (K+1, …)   the SDE's path, the lean adjoint along it
+    gap             Δv_k         (K, B, D)  v_ft − v_base along the path
+    g, sigma, u     g = √λ σ, u  (K, …)     memoryless diffusion, control gain, control 2 Δv/σ
     lam, dual       λ = 3 ℓ      ()         trust-region parameter, raw multiplier
     kl_budget       ε_KL         ()         nats per action of the chunk
 
