@@ -409,7 +409,7 @@ PAPERS_FLAGS = """
 --data-seed 0 --data auto --dataset-dir ~/.ogbench/data
 """
 LAPTOPS_FLAGS = """
---width 256 --flow-steps 5 --batch 128 --lr 1e-3 --tau 0.01 --pretrain-lr 1e-3
+--width 256 --flow-steps 5 --batch 128 --lr 6e-4 --tau 0.01 --kl-budget 0.5 --pretrain-lr 1e-3
 --pretrain-decay --pretrain-steps 30000 --offline-steps 8000 --eval-interval 2000
 --eval-episodes 10 --log-interval 250 --transitions 300000
 """
