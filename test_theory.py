@@ -2147,6 +2147,15 @@ def test_adapt_gives_each_row_its_own_condition(seed, B, H, A):
     flat = trqam.adapt(lambda x, t: x * t[:, None], event_dims=1)
     close(flat(x[..., 0], t[..., 0]), (x * t)[..., 0])
     close(flat(x[..., :1, 0], t[..., 0]), (x * t)[..., :1, 0])  # chunks of one number
+    rows = []
+
+    def counting(x, t):
+        rows.append(len(x))
+        return x
+
+    for flags in ({}, {"stepwise": True}):
+        trqam.adapt(counting, event_dims=1, **flags)(x[..., 0], t[..., 0])
+    assert rows == [5 * B] + [B] * 5
     half = trqam.adapt(lambda x, t: x.bfloat16(), event_dims=2)
     assert half(x, t).dtype == x.dtype
     with pytest.raises(ValueError, match="expected a condition"):

@@ -1046,7 +1046,7 @@ def load_data(cfg: Config) -> tuple:
         sets = ogbench.make_env_and_datasets(
             cfg.env, dataset_path=str(path), dataset_only=True, cur_env=env
         )
-    except (OSError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
         raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
@@ -1249,7 +1249,7 @@ def load_checkpoint(path: Path) -> dict:
         Config(**saved["config"])
         if not {"dims", "data", "agent", "progress"} <= saved.keys():
             raise ValueError("parts are missing")
-    except (OSError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds for damaged and for unsafe files
         expected = f"a checkpoint of format {FORMAT}"
