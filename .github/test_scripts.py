@@ -207,9 +207,9 @@ def test_video_is_of_the_first_final_episodes(monkeypatch):
     monkeypatch.setattr(trqam, "load_agent", lambda path: agent)
     monkeypatch.setattr(trqam, "make_env", lambda *_, **__: env)
     monkeypatch.setattr(trqam, "play", play)
-    video.main(".")
-    assert played == [(i, flow, trqam.FINAL) for i in range(3) for flow in (0, 1)]
-    assert env.render.call_count == 3 * (4 + 1 + 2 + 1)
+    video.main(".", 2)
+    assert played == [(i, flow, trqam.FINAL) for i in range(2) for flow in (0, 1)]
+    assert env.render.call_count == 2 * (4 + 1 + 2 + 1)
     with video.Image.open("video.gif") as gif:
-        assert gif.n_frames == 3 * 5
+        assert gif.n_frames == 2 * 5
     assert Path("video.gif").stat().st_size <= video.LIMIT

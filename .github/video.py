@@ -1,8 +1,9 @@
 """Show what a run of trqam.py learnt: the cloned and the fine-tuned flow, side by side.
 
     python .github/video.py runs/cube-single-play/seed0     writes video.gif there, of at most 1 MB
+    python .github/video.py runs/cube-single-play/seed0 1   of one episode instead of three
 
-Both play the same three evaluation episodes; the one that ends first rests on its last picture.
+Both play the same evaluation episodes; the one that ends first rests on its last picture.
 Needs OpenGL: EGL on Linux, unless MUJOCO_GL says another. Pillow comes with OGBench.
 """
 
@@ -53,14 +54,14 @@ def encode(pairs: list, size: int, skip: int) -> bytes:
     return file.getvalue()
 
 
-def main(run_dir: str) -> None:
+def main(run_dir: str, episodes: int = 3) -> None:
     warnings.filterwarnings("ignore", module="gymnasium|glfw")
     fine_tuned = trqam.load_agent(Path(run_dir, "checkpoint.pt"))
     cloned = copy.deepcopy(fine_tuned)
     cloned.policy = fine_tuned.base
     env = trqam.make_env(fine_tuned.cfg.env, render_mode="rgb_array", width=240, height=240)
     pairs: list = []
-    for i in range(3):
+    for i in range(episodes):
         left = film(cloned, env, i)
         right = film(fine_tuned, env, i)
         for n in range(max(len(left), len(right))):
@@ -77,6 +78,6 @@ def main(run_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(f"expected the folder of a run\n\n{__doc__}")
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))
