@@ -1155,6 +1155,55 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
         assert len({float(x.sum()) for x in tensors}) == len(rates)
 
 
+def write_parts():
+    """Three sets, whose observations are 10, 11 and 12."""
+    for i in range(3):
+        observations = np.full((153, 28), 10 + i)
+        write_dataset("data", f"cube-single-play-v0-00{i}", observations=observations)
+
+
+def test_parts_of_a_dataset_are_taken_in_turn(updates, monkeypatch):
+    """Here every two steps, in all phases; online beside the episodes, of smaller observations."""
+    write_parts()
+    monkeypatch.setattr(trqam, "PART_UPDATES", 2)
+    text = "--dataset-dir data --pretrain-steps 5 --offline-steps 6 --batch 64"
+    trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
+    seen = [set(batch["obs"].flatten().tolist()) for _, batch, *_ in updates]
+    turns = [{10 + step // 2 % 3} for step in [*range(11), *range(23, 31)]]
+    assert seen[:11] == turns[:11]
+    assert [{x for x in values if x >= 10} for values in seen[11:]] == turns[11:]
+    assert min(set.union(*seen[11:])) == 0
+
+
+def test_stopped_runs_on_parts_end_as_if_they_had_not_been():
+    """Killed online; the process that reads ahead ends with the run."""
+    write_parts()
+
+    def run(folder, *moments):
+        args = f"{TINY} {ONLINE} --dataset-dir data --resume --run-dir {folder}".split()
+        for moment in (*moments, ""):
+
+            def prepare(moment=moment):
+                trqam.PART_UPDATES = 7
+                if moment:
+                    strike(moment, signal.raise_signal, signal.SIGKILL)
+
+            yield from running(args, -signal.SIGKILL if moment else 0, f"of {folder}", prepare)
+
+    together(run("whole"), run("stopped", "update 30"))
+    assert contents(Path("stopped")) == contents(Path("whole"))
+
+
+def test_damaged_parts_are_told(capfd):
+    """By the process that reads ahead; the run ends with its last checkpoint."""
+    write_parts()
+    os.truncate("data/cube-single-play-v0-001.npz", 5000)
+    screen = call("--dataset-dir data", 1, lambda: vars(trqam).update(PART_UPDATES=7))
+    assert "got a damaged data/cube-single-play-v0-001.npz" in capfd.readouterr().err
+    assert "error: expected a result, got exit code 1 of its process (see above)" in screen
+    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 7
+
+
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
     """After --save-minutes at the latest; here an update takes a minute."""
     saved = []

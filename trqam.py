@@ -361,7 +361,7 @@ import time
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -591,7 +591,9 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     # data -----------------------------------------------------------------------------
 
     data: Literal["auto", "ogbench", "scripted"] = "auto"  # scripted: collected here; auto: either
-    dataset_dir: str = "~/.ogbench/data"  # folder of datasets, downloaded or collected if need be
+    # folder of datasets, downloaded or collected if need be; a set in parts is put there by hand,
+    # as <name>-000.npz, <name>-000-val.npz and so on, and one part is in memory at a time
+    dataset_dir: str = "~/.ogbench/data"
     dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
@@ -646,7 +648,8 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
         return Path(self.run_dir or "", "checkpoint.pt")
 
 
-# The paper's settings, but for most ε_KL
+# The paper's settings, but for most ε_KL. The wide networks are for sets of 10M transitions, those
+# of cube-quadruple for 100M, which come in parts (--dataset-dir)
 PAPER = """
 domain              chunk width flow_layer_norm gamma rho kl_budget
 antmaze-large           1   512           false 0.995 0.5       1.0
@@ -751,6 +754,7 @@ def check(cfg: Config) -> None:
 
 # =========================================================================================== data
 COLLECTED, PERIODIC, FINAL, ONLINE = range(4)  # streams of episode seeds
+PART_UPDATES = 1000  # steps with each part of a dataset in turn
 STACK = {  # range of the probability that an episode of a cube domain stacks
     "cube-single": (0, 0),
     "cube-double": (0, 0.25),
@@ -808,7 +812,7 @@ def alone(lock_file: Path, wait: bool) -> Any:
 
 
 def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
-    """The episode of each job, in turn, from n processes `target(share of the jobs, pipe)`.
+    """The result of each job, in turn, from n processes `target(share of the jobs, pipe)`.
 
     Raises ChildProcessError.
     """
@@ -827,7 +831,7 @@ def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
         except EOFError as error:
             worker.join()
             raise ChildProcessError(
-                f"expected an episode, got exit code {worker.exitcode} of its process; "
+                f"expected a result, got exit code {worker.exitcode} of its process (see above); "
                 "if it was killed for memory, take fewer --workers"
             ) from error
 
@@ -928,8 +932,8 @@ def download(name: str, folder: Path, hosts: list) -> None:
     raise kind("; ".join(failures))
 
 
-def prepare_data(cfg: Config) -> Path:
-    """The dataset's file, downloaded or collected where it is not there yet.
+def prepare_data(cfg: Config) -> list[Path]:
+    """The dataset's file, downloaded or collected where it is not there yet, or all its parts.
 
     A part of a file is never taken for a dataset: files are made in a folder apart. Raises
     ValueError where such data can't be collected, OSError where they can't be had.
@@ -946,8 +950,9 @@ def prepare_data(cfg: Config) -> Path:
         raise ValueError(f"expected a cube, scene or puzzle play set, got {name}; {wanted}")
 
     path = scripted if cfg.data == "scripted" else official
-    if path.exists():
-        return path
+    parts = sorted(folder.glob(f"{path.stem}-[0-9][0-9][0-9].npz"))
+    if parts or path.exists():
+        return parts or [path]
     with alone(folder / "data.lock", wait=True):
         unfinished = folder / "trqam-unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -966,25 +971,100 @@ def prepare_data(cfg: Config) -> Path:
         for file in sorted(unfinished.iterdir()):  # -val first: the other says that both are there
             file.replace(folder / file.name)
         unfinished.rmdir()
-    return path
+    return [path]
+
+
+def make_env(env: str, **options: Any) -> gymnasium.Env:
+    """The environment of a full id. Raises ValueError."""
+    try:
+        return ogbench.make_env_and_datasets(env, env_only=True, **options)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # gymnasium and mujoco raise many kinds
+        raise ValueError(f"expected an --env that OGBench can build, got {env}: {error}") from error
+
+
+def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
+    """Raise OSError unless arrays are finite, of the environment's shapes, and actions in ±1."""
+    observations = data["observations"]
+    actions = data["actions"]
+    shapes = env.observation_space.shape, env.action_space.shape
+    got = observations.shape[1:], actions.shape[1:]
+    largest = np.abs(observations).max().item(), np.abs(actions).max().item()
+    if got != shapes or not np.isfinite(largest[0]) or not largest[1] < 1 + 1e-5:
+        expected = f"finite observations and actions in [-1, 1] of shapes {shapes}"
+        raise OSError(f"expected {expected} in {path}, got {got}, at most {largest}")
+
+
+def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
+    """Transitions of a file and of its held-out one, with the task's rewards. Raises OSError."""
+    try:
+        sets = ogbench.make_env_and_datasets(
+            env_id, dataset_path=str(path), dataset_only=True, cur_env=env
+        )
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # numpy and zipfile raise many kinds
+        raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
+    for data in sets:
+        check_data(data, env, path)
+    return sets
+
+
+def read_parts(env_id: str, paths: Sequence, turns: range, pipe: Any) -> None:
+    """The process that reads a dataset's parts, one ahead of the run. It ends with the run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore")
+    env = make_env(env_id)
+    with suppress(BrokenPipeError):
+        for turn in turns:
+            data, _ = read_set(env_id, env, paths[turn % len(paths)])
+            pipe.send(data)
 
 
 class ReplayBuffer:
-    """Transitions, and the chunks they form, on the device: the dataset, then online episodes."""
+    """Transitions, and the chunks they form, on the device: the dataset, then online episodes.
+
+    Of a dataset in parts, at `paths`, it holds one at a time.
+    """
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
-    def __init__(self, data: dict, cfg: Config):
+    def __init__(self, data: dict, cfg: Config, paths: Sequence = ()):
+        self.env_id = cfg.env
+        self.paths = paths
+        self.turn = -1
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
         room = len(data["rewards"]) + cfg.online_steps
         self.arrays = {k: self.discounts.new_empty(room, *data[k].shape[1:]) for k in self.KEYS}
+        self.offline = room  # from where on transitions are online ones: so far there are none
+        self.hold(data)
+        if len(self.starts) == 0:
+            raise ValueError(f"expected a chunk of {cfg.chunk} actions in the data, got none")
+
+    def online(self) -> dict:
+        """A copy of the online transitions."""
+        return {name: array[self.offline :].clone() for name, array in self.arrays.items()}
+
+    def hold(self, data: dict) -> None:
+        """Take these for the dataset's transitions; the online ones stay."""
+        online = self.online()
         for array in self.arrays.values():
             array.resize_(0, *array.shape[1:])  # its memory stays
         self.starts = self.offsets[:0]
         self.add(data)
-        if len(self.starts) == 0:
-            raise ValueError(f"expected a chunk of {cfg.chunk} actions in the data, got none")
+        self.offline = len(data["rewards"])
+        self.add(online)
+
+    def turn_to(self, turn: int) -> None:
+        """Hold the part of this turn, while a process reads the next one's."""
+        if len(self.paths) > 1 and turn != self.turn:
+            if self.turn == -1:
+                target = partial(read_parts, self.env_id, self.paths)
+                self.parts = by_workers("spawn", target, range(turn, 10**9), 1)
+            self.hold(next(self.parts))
+            self.turn = turn
 
     def add(self, data: dict) -> None:
         """Append whole episodes of transitions: KEYS, (N, …) each."""
@@ -1013,58 +1093,29 @@ class ReplayBuffer:
         }
 
 
-def make_env(env: str, **options: Any) -> gymnasium.Env:
-    """The environment of a full id. Raises ValueError."""
-    try:
-        return ogbench.make_env_and_datasets(env, env_only=True, **options)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # gymnasium and mujoco raise many kinds
-        raise ValueError(f"expected an --env that OGBench can build, got {env}: {error}") from error
-
-
-def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
-    """Raise OSError unless arrays are finite, of the environment's shapes, and actions in ±1."""
-    observations = data["observations"]
-    actions = data["actions"]
-    shapes = env.observation_space.shape, env.action_space.shape
-    got = observations.shape[1:], actions.shape[1:]
-    largest = np.abs(observations).max().item(), np.abs(actions).max().item()
-    if got != shapes or not np.isfinite(largest[0]) or not largest[1] < 1 + 1e-5:
-        expected = f"finite observations and actions in [-1, 1] of shapes {shapes}"
-        raise OSError(f"expected {expected} in {path}, got {got}, at most {largest}")
-
-
 def load_data(cfg: Config) -> tuple:
     """Environment, buffers of the data and of the held-out data, and facts about them.
 
     Raises OSError where they can't be had or are damaged, ValueError where none fit the settings.
     """
     env = make_env(cfg.env)
-    path = prepare_data(cfg)
-    try:
-        sets = ogbench.make_env_and_datasets(
-            cfg.env, dataset_path=str(path), dataset_only=True, cur_env=env
-        )
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except Exception as error:  # numpy and zipfile raise many kinds
-        raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
+    paths = prepare_data(cfg)
+    data, held_out = read_set(cfg.env, env, paths[0])
     digest = hashlib.sha256()
-    for data in sets:
-        check_data(data, env, path)
-        for array in data.values():
-            digest.update(array.tobytes())
-    data, held_out = sets
+    for array in [*data.values(), *held_out.values()]:
+        digest.update(array.tobytes())
+    for path in paths[1:]:
+        digest.update(path.name.encode())
     facts = {
-        "source": "scripted" if "-play-scripted-" in path.name else "ogbench",
-        "path": str(path),
+        "source": "scripted" if "-play-scripted-" in paths[0].name else "ogbench",
+        "path": str(paths[0]),
+        "parts": len(paths),
         "transitions": len(data["rewards"]),
         "solved": int((data["masks"] == 0).sum()),
         "sha256": digest.hexdigest(),
     }
     held_out_buffer = ReplayBuffer(held_out, replace(cfg, online_steps=0))
-    return env, ReplayBuffer(data, cfg), held_out_buffer, facts
+    return env, ReplayBuffer(data, cfg, paths), held_out_buffer, facts
 
 
 # ===================================================================================== evaluation
@@ -1233,7 +1284,7 @@ def save_checkpoint(path, agent, generator, buffer, progress, facts) -> None:
         "agent": agent.state_dict(),
         "optimizer": agent.optimizer.state_dict(),
         "generator": generator.get_state(),
-        "online": {k: v[facts["transitions"] :].clone() for k, v in buffer.arrays.items()},
+        "online": buffer.online(),
         "progress": vars(progress),
     }
     with replacing(path, "wb") as file:
@@ -1400,6 +1451,7 @@ def train(cfg: Config) -> None:
             bar = progress_bar(phase, ends[phase], step - 1)
         if phase == "online":
             whole = next(online)
+        buffer.turn_to((step - 1) // PART_UPDATES)
         if phase != "online" or step > ends["offline"] + cfg.online_start:
             batch = buffer.sample(cfg.batch, generator)
             noise = agent.draw_noise(cfg.batch, generator)
