@@ -321,17 +321,16 @@ def first_aid(
         if not same(out, torch.stack([v(x[k], times[k]) for k in range(2)])):
             raise ValueError(f"expected {name}(x, t)[k] to be {name}(x[k], t[k]): use `adapt`")
 
-    learning = list(learning)
-    weights = [p.clone() for p in learning]
+    before = [(p, p.clone()) for p in learning]
     base = v_base(x, times)
     fine = v_fine(x, times)
     try:
-        for p in learning:
+        for p, _ in before:
             p.add_(1)
         base_stays = same(base, v_base(x, times))
         fine_stays = same(fine, v_fine(x, times))
     finally:
-        for p, weight in zip(learning, weights, strict=True):
+        for p, weight in before:
             p.copy_(weight)
     if not base_stays:
         raise ValueError("expected v_base to stay where v_fine moves: deepcopy the network")
@@ -364,7 +363,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -390,14 +389,13 @@ class MLP(nn.Module):
     ε = 1e-6 after each activation.
     """
 
-    def __init__(self, sizes: list[int], layer_norm: bool, gen: torch.Generator, ensemble: int = 0):
+    def __init__(self, sizes: list[int], layer_norm: bool, gen: torch.Generator, *ensemble: int):
         super().__init__()
-        members = [ensemble] if ensemble else []
-        rows = [ensemble, 1] if ensemble else []  # of a bias, for a batch of any size
+        rows = [*ensemble, 1] if ensemble else []  # of a bias, for a batch of any size
         normed = sizes[1:-1] if layer_norm else []
         self.weights = nn.ParameterList()
         for n_in, n_out in itertools.pairwise(sizes):
-            uniform = 2 * torch.rand(*members, n_in, n_out, generator=gen) - 1
+            uniform = 2 * torch.rand(*ensemble, n_in, n_out, generator=gen) - 1
             self.weights.append(uniform * math.sqrt(6 / (n_in + n_out)))
         self.biases = nn.ParameterList(torch.zeros(*rows, n) for n in sizes[1:])
         self.scales = nn.ParameterList(torch.ones(*rows, n) for n in normed)
@@ -410,7 +408,7 @@ class MLP(nn.Module):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i > 0:
                 x = F.gelu(x, approximate="tanh")
-            if i > 0 and len(self.scales) > 0:
+            if i > 0 and self.scales:
                 x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
                 x = torch.addcmul(self.offsets[i - 1], x, self.scales[i - 1])
             if weight.ndim == 2:
@@ -459,13 +457,6 @@ class Agent(nn.Module):
         else:
             self.learn(self.base, self.critic, self.policy)
 
-    @property
-    def lam(self) -> Tensor:
-        """λ = 3 ℓ (authors' code), or the fixed one (QAM)."""
-        if self.cfg.fixed_lambda is None:
-            return 3 * self.dual
-        return torch.full_like(self.dual, self.cfg.fixed_lambda)
-
     def draw_noise(self, B: int, generator: torch.Generator) -> dict:
         """All random numbers of one update, so that the update itself is deterministic."""
         normal = partial(torch.randn, generator=generator, device=generator.device)
@@ -498,7 +489,9 @@ class Agent(nn.Module):
         next_obs = batch["next_obs"]
         v_base = partial(self.target_base, obs)
         v_fine = partial(self.policy, obs)
-        lam = self.lam
+        lam = 3 * self.dual  # authors' code
+        if cfg.fixed_lambda is not None:
+            lam = torch.full_like(lam, cfg.fixed_lambda)  # QAM
 
         # critic: the target takes the next chunk from v_ft
         next_chunk = sample_flow(partial(self.policy, next_obs), noise["x_next"], cfg.flow_steps)
@@ -561,11 +554,10 @@ class Agent(nn.Module):
 
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action chunk (H, A) in ±1 for an observation (S,), by the ODE of v_ft from CPU noise."""
-        obs_dim, action_dim = self.dims
         x_0 = torch.randn(1, self.D, generator=generator).to(self.dual.device)
-        v = partial(self.policy, torch.as_tensor(obs).to(x_0).view(1, obs_dim))
+        v = partial(self.policy, torch.as_tensor(obs).to(x_0)[None])
         chunk = sample_flow(v, x_0, self.cfg.flow_steps)
-        return chunk.view(-1, action_dim).cpu().numpy()
+        return chunk.view(self.cfg.chunk, -1).cpu().numpy()
 
 
 # ======================================================================================= settings
@@ -681,21 +673,17 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
 }
 
 
-# the numbers that `check` takes
+# the numbers that `check` takes, where not all from 0 to 10⁹
 SIZES = ["width", "layers", "critics", "chunk", "batch", "transitions", "workers"]
 SIZES += ["eval_interval", "eval_episodes", "final_episodes", "log_interval"]
-COUNTS = ["seed", "data_seed", "pretrain_steps", "offline_steps", "online_steps", "online_start"]
 LIMITS = {
     "task": (1, 5),
     "gamma": (0, 1),
-    "rho": (0, 100),
     "tau": (0, 1),
     "flow_steps": (2, 1000),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
     **dict.fromkeys(SIZES, (1, 10**9)),
-    **dict.fromkeys(COUNTS, (0, 10**9)),
-    **dict.fromkeys(["lr", "pretrain_lr", "save_minutes"], (0, math.inf)),
 }
 
 
@@ -745,9 +733,9 @@ def resolve(cfg: Config) -> Config:
 
 def check(cfg: Config) -> None:
     """Raise ValueError where a number would train nonsense."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(cfg, name)
-        if value is not None and not low <= value <= high:
+    for name, value in asdict(cfg).items():
+        low, high = LIMITS.get(name, (0, 10**9))
+        if isinstance(value, (int, float)) and not low <= value <= high:
             flag = name.replace("_", "-")
             raise ValueError(f"expected --{flag} in [{low}, {high}], got {value}; see --help")
 
@@ -799,8 +787,7 @@ def progress_bar(text: str, total: int, done: int = 0) -> tqdm:
 
 def alone(lock_file: Path, wait: bool) -> Any:
     """A lock, taken until the end of a `with`: one process at a time goes on. Raises OSError."""
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_file)
+    lock = FileLock(lock_file)  # makes the folder
     try:
         return lock.acquire(blocking=False)
     except Timeout as error:
@@ -811,16 +798,26 @@ def alone(lock_file: Path, wait: bool) -> Any:
         return lock.acquire()
 
 
-def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
-    """The result of each job, in turn, from n processes `target(share of the jobs, pipe)`.
+def work(function: Callable, jobs: Sequence, pipe: Any) -> None:
+    """A worker process. It ends with its parent, or where nobody reads its results any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with suppress(BrokenPipeError):
+        for job in jobs:
+            pipe.send(function(job))
 
-    Raises ChildProcessError.
-    """
+
+def by_workers(method: str, function: Callable, jobs: Sequence, n: int) -> Iterator:
+    """function(job) of each job, in turn, by n processes. Raises ChildProcessError."""
     context: Any = multiprocessing.get_context(method)
     workers = []
     for k in range(n):
         pipe, far_end = context.Pipe(duplex=False)
-        worker = context.Process(target=target, args=(jobs[k::n], far_end), daemon=True)
+        worker = context.Process(target=work, args=(function, jobs[k::n], far_end), daemon=True)
         worker.start()
         far_end.close()
         workers.append((worker, pipe))
@@ -836,8 +833,23 @@ def by_workers(method: str, target: Callable, jobs: Any, n: int) -> Iterator:
             ) from error
 
 
-def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: int = 0) -> dict:
+@cache
+def oracles_of(domain: str) -> tuple:
+    """OGBench's environment for the collection and its oracles, by what they move."""
+    env = gymnasium.make(f"{domain}-v0", mode="data_collection").unwrapped
+    plan: dict = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
+    closed = "puzzle" in domain
+    return env, {
+        "button": button_plan.ButtonPlanOracle(gripper_always_closed=closed, **plan),
+        "cube": cube_plan.CubePlanOracle(**plan),
+        "drawer": drawer_plan.DrawerPlanOracle(**plan),
+        "window": window_plan.WindowPlanOracle(**plan),
+    }
+
+
+def collect_episode(domain: str, key: tuple, attempt: int = 0) -> dict:
     """A scripted "play" episode of 1001 states in OGBench's layout, as its authors made theirs."""
+    env, oracles = oracles_of(domain)
     seed = seed_of(COLLECTED, *key, attempt)
     np.random.seed(seed)  # the oracles draw from numpy's global generator
     p_stack = np.random.uniform(*STACK.get(domain, (0.5, 0.5)))
@@ -859,55 +871,32 @@ def collect_episode(env: Any, oracles: dict, domain: str, key: tuple, attempt: i
     low, high = env._workspace_bounds
     cube = episode["qpos"][:, 14:17]  # its position
     if domain == "scene" and not np.all((low - 0.2 < cube) & (cube < high + 0.2)):
-        return collect_episode(env, oracles, domain, key, attempt + 1)  # the cube was lost
+        return collect_episode(domain, key, attempt + 1)  # the cube was lost
     return episode
-
-
-def collect_share(domain: str, keys: list, pipe: Any) -> None:
-    """One of the collecting processes. It ends where nobody reads its episodes any more."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore")
-    env = gymnasium.make(f"{domain}-v0", mode="data_collection").unwrapped
-    plan: dict = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
-    closed = "puzzle" in domain
-    oracles = {
-        "button": button_plan.ButtonPlanOracle(gripper_always_closed=closed, **plan),
-        "cube": cube_plan.CubePlanOracle(**plan),
-        "drawer": drawer_plan.DrawerPlanOracle(**plan),
-        "window": window_plan.WindowPlanOracle(**plan),
-    }
-    with suppress(BrokenPipeError):
-        for key in keys:
-            pipe.send(collect_episode(env, oracles, domain, key))
-
-
-def save_episodes(path: Path, episodes: list) -> None:
-    arrays: dict = {k: np.concatenate([episode[k] for episode in episodes]) for k in episodes[0]}
-    np.savez(path, **arrays)
 
 
 def collect(cfg: Config, path: Path) -> None:
     """Collect a dataset and a held-out one (5 %) with OGBench's scripted oracles."""
     say(f"collecting {path.name} by {cfg.workers} workers")
     n = math.ceil(cfg.transitions / 1000)
-    n_held_out = math.ceil(n / 20)
-    keys = [(cfg.data_seed, 0, i) for i in range(n)]
-    keys += [(cfg.data_seed, 1, i) for i in range(n_held_out)]
+    keys = [(cfg.data_seed, i // n, i % n) for i in range(n + math.ceil(n / 20))]
     episodes = []
     bar = progress_bar("collect", len(keys))
-    target = partial(collect_share, domain_of(cfg.env))
-    for i, episode in enumerate(by_workers("spawn", target, keys, cfg.workers)):
+    function = partial(collect_episode, domain_of(cfg.env))
+    for episode in by_workers("spawn", function, keys, cfg.workers):
         episodes.append(episode)
         bar.update()
-        if i % 50 == 49:
+        if bar.n % 50 == 0:
             say(str(bar))
     bar.close()
-    save_episodes(path, episodes[:n])
-    save_episodes(path.with_name(f"{path.stem}-val.npz"), episodes[n:])
+    held_out_path = path.with_name(f"{path.stem}-val.npz")
+    for file, part in ((path, episodes[:n]), (held_out_path, episodes[n:])):
+        arrays: dict = {k: np.concatenate([episode[k] for episode in part]) for k in part[0]}
+        np.savez(file, **arrays)
 
 
 def download(name: str, folder: Path, hosts: list) -> None:
-    """Bring a set from the first host that has the whole of it.
+    """Bring a set into an empty folder, from the first host that has the whole of it.
 
     Raises ConnectionError if no host can be reached, OSError if one can and sends something else.
     """
@@ -915,6 +904,7 @@ def download(name: str, folder: Path, hosts: list) -> None:
     failures = []
     kind: type[OSError] = ConnectionError
     for host in hosts:
+        shutil.rmtree(folder)
         ogbench.utils.DATASET_URL = host
         try:
             ogbench.download_datasets([name], str(folder))
@@ -927,9 +917,8 @@ def download(name: str, folder: Path, hosts: list) -> None:
             failures.append(f"{error!r} of {host}")
             if isinstance(error, urllib.error.HTTPError) or any(folder.iterdir()):
                 kind = OSError
-        for file in folder.iterdir():
-            file.unlink()
-    raise kind("; ".join(failures))
+    advice = f"put {name}.npz and {name}-val.npz into {folder.parent} (--dataset-dir)"
+    raise kind(f"expected dataset {name}, got {'; '.join(failures)}; {advice}")
 
 
 def prepare_data(cfg: Config) -> list[Path]:
@@ -944,10 +933,9 @@ def prepare_data(cfg: Config) -> list[Path]:
     official = folder / f"{name}.npz"
     thousands = math.ceil(cfg.transitions / 1000)
     scripted = folder / f"{domain}-play-scripted-seed{cfg.data_seed}-{thousands}k.npz"
-    collectable = name == f"{domain}-play-v0" and domain not in MAZES
-    wanted = f"put {name}.npz and {name}-val.npz into {folder} (--dataset-dir)"
+    collectable = name == f"{domain}-play-v0"  # of cube, scene, puzzle
     if cfg.data == "scripted" and not collectable:
-        raise ValueError(f"expected a cube, scene or puzzle play set, got {name}; {wanted}")
+        raise ValueError(f"expected a cube, scene or puzzle play set, got {name}; see --data")
 
     path = scripted if cfg.data == "scripted" else official
     parts = sorted(folder.glob(f"{path.stem}-[0-9][0-9][0-9].npz"))
@@ -960,10 +948,9 @@ def prepare_data(cfg: Config) -> list[Path]:
         if path == official and not path.exists():  # another process may have brought it
             try:
                 download(name, unfinished, [cfg.dataset_url] if cfg.dataset_url else HOSTS)
-            except OSError as error:
-                reached = not isinstance(error, ConnectionError)
-                if reached or cfg.data == "ogbench" or not collectable:
-                    raise OSError(f"expected dataset {name}, got {error}; {wanted}") from error
+            except ConnectionError as error:
+                if cfg.data == "ogbench" or not collectable:
+                    raise
                 say(f"{error}; going on with data of OGBench's scripted oracles")
                 path = scripted
         if path == scripted and not path.exists():
@@ -1011,28 +998,22 @@ def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
     return sets
 
 
-def read_parts(env_id: str, paths: Sequence, turns: range, pipe: Any) -> None:
-    """The process that reads a dataset's parts, one ahead of the run. It ends with the run."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore")
-    env = make_env(env_id)
-    with suppress(BrokenPipeError):
-        for turn in turns:
-            data, _ = read_set(env_id, env, paths[turn % len(paths)])
-            pipe.send(data)
+def read_part(env_id: str, paths: list, turn: int) -> dict:
+    """The transitions of a dataset's part whose turn it is."""
+    data, _ = read_set(env_id, make_env(env_id), paths[turn % len(paths)])
+    return data
 
 
 class ReplayBuffer:
     """Transitions, and the chunks they form, on the device: the dataset, then online episodes.
 
-    Of a dataset in parts, at `paths`, it holds one at a time.
+    Of a dataset in parts it holds one at a time; `read_part` gives that of a turn.
     """
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
-    def __init__(self, data: dict, cfg: Config, paths: Sequence = ()):
-        self.env_id = cfg.env
-        self.paths = paths
+    def __init__(self, data: dict, cfg: Config, read_part: Callable | None = None):
+        self.read_part = read_part
         self.turn = -1
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
@@ -1059,10 +1040,9 @@ class ReplayBuffer:
 
     def turn_to(self, turn: int) -> None:
         """Hold the part of this turn, while a process reads the next one's."""
-        if len(self.paths) > 1 and turn != self.turn:
+        if self.read_part and turn != self.turn:
             if self.turn == -1:
-                target = partial(read_parts, self.env_id, self.paths)
-                self.parts = by_workers("spawn", target, range(turn, 10**9), 1)
+                self.parts = by_workers("spawn", self.read_part, range(turn, 10**9), 1)
             self.hold(next(self.parts))
             self.turn = turn
 
@@ -1115,7 +1095,8 @@ def load_data(cfg: Config) -> tuple:
         "sha256": digest.hexdigest(),
     }
     held_out_buffer = ReplayBuffer(held_out, replace(cfg, online_steps=0))
-    return env, ReplayBuffer(data, cfg, paths), held_out_buffer, facts
+    of_a_turn = partial(read_part, cfg.env, paths) if len(paths) > 1 else None
+    return env, ReplayBuffer(data, cfg, of_a_turn), held_out_buffer, facts
 
 
 # ===================================================================================== evaluation
@@ -1131,8 +1112,7 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
     physics = getattr(env.unwrapped, "_data", None)
     if physics:  # OGBench's reset takes steps with unseeded actions: clear what they leave
         physics.qacc_warmstart[:] = 0
-    done = False
-    while not done:
+    while True:
         for action in agent.act(obs, generator):
             next_obs, reward, terminated, truncated, info = env.step(action)
             done = terminated or truncated
@@ -1145,9 +1125,9 @@ def play(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> Iterator:
                 "terminals": done,
             }
             yield transition, info
-            obs = next_obs
             if done:
-                break
+                return
+            obs = next_obs
 
 
 def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
@@ -1158,17 +1138,6 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
     return float(info["success"]), returned, len(steps)
 
 
-def play_share(agent: Agent, env: gymnasium.Env, stream: int, numbers: range, pipe: Any) -> None:
-    """One of the evaluating processes, which are forked: it has agent and environment at once."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    with suppress(BrokenPipeError):
-        for i in numbers:
-            pipe.send(play_out(agent, env, stream, i))
-
-
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
@@ -1177,8 +1146,8 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
     """
     workers = agent.cfg.workers
     if workers > 1 and sys.platform == "linux":
-        target = partial(play_share, copy.deepcopy(agent).to("cpu"), env, stream)
-        results = list(by_workers("fork", target, range(episodes), workers))
+        function = partial(play_out, copy.deepcopy(agent).to("cpu"), env, stream)
+        results = list(by_workers("fork", function, range(episodes), workers))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
@@ -1329,8 +1298,6 @@ def restore(path, agent, generator, buffer, facts) -> Progress:
 def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     """The agent of a run's checkpoint.pt. Raises OSError if there is none or it is damaged."""
     saved = load_checkpoint(Path(path))
-    if saved["dims"] is None:
-        raise OSError(f"expected an agent, got {path}, a flow alone, which is for --pretrained")
     cfg = replace(Config(**saved["config"]), device=device)
     agent = Agent(cfg, *saved["dims"])
     agent.load_state_dict(saved["agent"])
@@ -1339,23 +1306,21 @@ def load_agent(path: str | Path, device: str = "cpu") -> Agent:
     return agent
 
 
-def load_flow(path: Path) -> tuple[dict, dict]:
-    """Weights of the cloned flow of a run of any task, and its sizes in the words of `Config`.
+def flow_sizes(path: str) -> dict:
+    """Sizes of a run's flow, in the words of `Config`.
 
     Raises OSError, and ValueError if its pretraining has not ended.
     """
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(Path(path))
     config = saved["config"]
     if saved["progress"]["step"] < config["pretrain_steps"]:
         raise ValueError(f"expected a flow whose pretraining has ended, got {path}")
-    prefix = "base."
-    flow = {k.removeprefix(prefix): x for k, x in saved["agent"].items() if k.startswith(prefix)}
-    return flow, {name: config[name] for name in ("width", "layers", "flow_layer_norm")}
+    return {name: config[name] for name in ("width", "layers", "flow_layer_norm")}
 
 
-def start_from(agent: Agent, path: Path) -> None:
-    """Take a pretrained flow as `base`. Raises OSError, and ValueError if its sizes are others."""
-    flow, _ = load_flow(path)
+def start_from(agent: Agent, path: str) -> None:
+    """Take a run's cloned flow as `base`. Raises OSError, and ValueError if it has other sizes."""
+    flow = load_agent(path).base.state_dict()
     try:
         agent.base.load_state_dict(flow)
     except RuntimeError as error:
@@ -1400,7 +1365,7 @@ def train(cfg: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    cfg = replace(cfg, data=facts["source"])
+    cfg = replace(cfg, data=facts["source"], resume=False)
     agent = Agent(cfg, *env.observation_space.shape, *env.action_space.shape)
     fixed = torch.Generator(cfg.device).manual_seed(0)
     held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # never change
@@ -1410,7 +1375,7 @@ def train(cfg: Config) -> None:
         progress = restore(cfg.checkpoint, agent, generator, buffer, facts)
         say(f"resuming at step {progress.step}")
     elif cfg.pretrained:
-        start_from(agent, Path(cfg.pretrained))
+        start_from(agent, cfg.pretrained)
     write_config(run_dir / "config.json", cfg, facts)
 
     # the plan: which step ends a phase, and when to evaluate
@@ -1477,7 +1442,6 @@ def train(cfg: Config) -> None:
 
 
 # =================================================================================== command line
-SWITCHES = {"resume": False, "eval_only": False}
 # what a run that goes on can't change
 FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
 FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
@@ -1490,7 +1454,7 @@ def report_changes(saved: dict, cfg: Config) -> None:
         fixed.append("offline_steps")  # that phase is over
     for name, old in saved["config"].items():
         new = getattr(cfg, name)
-        if new == old or name in SWITCHES or name == "run_dir":
+        if new == old or name in ("run_dir", "resume", "eval_only"):
             continue
         shorter = name in ("offline_steps", "online_steps") and new < old
         if name in fixed or shorter:
@@ -1509,12 +1473,11 @@ def parse(args: list[str]) -> Config:
     saved = None
     if cfg.eval_only or (cfg.resume and cfg.checkpoint.exists()):
         saved = load_checkpoint(cfg.checkpoint)
-        default = Config(**saved["config"] | SWITCHES | {"run_dir": cfg.run_dir})
+        default = Config(**saved["config"] | {"run_dir": cfg.run_dir})
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
         if cfg.pretrained:
-            _, sizes = load_flow(Path(cfg.pretrained))
-            default = replace(default, pretrain_steps=0, **sizes)
+            default = replace(default, pretrain_steps=0, **flow_sizes(cfg.pretrained))
     about = __doc__.split("\n    obs ")[0]
     cfg = resolve(tyro.cli(Config, args=args, default=default, description=about))
     check(cfg)
@@ -1544,7 +1507,7 @@ def keep_freed_memory() -> None:
     """
     M_TRIM_THRESHOLD = -1
     M_MMAP_THRESHOLD = -3
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)

@@ -84,14 +84,20 @@ def read(path: str) -> tuple[dict, dict]:
 
 
 def main(source: str, target: str) -> None:
-    """Write a checkpoint that has nothing but the flow."""
+    """Write the checkpoint of an agent that has the flow, and has learnt nothing else."""
     flow, sizes = read(source)
+    *_, last = (bias for name, bias in flow.items() if name.startswith("base.biases"))
+    obs_dim = len(flow["base.weights.0"]) - len(last) - 1
+    cfg = trqam.Config(**sizes, chunk=1, pretrain_steps=0, device="cpu")
+    agent = trqam.Agent(cfg, obs_dim, len(last))  # a chunk is one large action
+    agent.load_state_dict(agent.state_dict() | flow)
+    agent.start_fine_tuning()
     content = {
         "format": trqam.FORMAT,
-        "config": asdict(trqam.Config(**sizes, pretrain_steps=0)),
-        "dims": None,
+        "config": asdict(cfg),
+        "dims": agent.dims,
         "data": None,
-        "agent": flow,
+        "agent": agent.state_dict(),
         "progress": vars(trqam.Progress()),
     }
     with open(target, "wb") as file:
