@@ -1155,15 +1155,18 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
 
 @pytest.fixture
 def parts():
-    """Three sets, whose observations are 10, 11 and 12."""
+    """Three sets of other lengths, whose observations are 10, 11 and 12."""
     for i in range(3):
         observations = np.full((153, 28), 10 + i)
         write_dataset("data", f"cube-single-play-v0-00{i}", observations=observations)
+        path = Path(f"data/cube-single-play-v0-00{i}.npz")
+        arrays = {name: array[: 51 * (i + 1)] for name, array in np.load(path).items()}
+        np.savez(path, **arrays)
 
 
 def test_parts_of_a_dataset_are_taken_in_turn(parts, updates, monkeypatch):
     """Here every two steps, in all phases; online beside the episodes, of smaller observations."""
-    monkeypatch.setattr(trqam, "PART_UPDATES", 2)
+    monkeypatch.setattr(trqam, "PART_STEPS", 2)
     text = "--dataset-dir data --pretrain-steps 5 --offline-steps 6 --batch 64"
     trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
     seen = [set(batch["obs"].flatten().tolist()) for _, batch, *_ in updates]
@@ -1188,7 +1191,7 @@ def test_stopped_runs_on_parts_end_as_if_they_had_not_been(parts, forked):
         for moment in (*moments, ""):
 
             def prepare(moment=moment):
-                trqam.PART_UPDATES = 7
+                trqam.PART_STEPS = 7
                 if moment:
                     strike(moment, signal.raise_signal, signal.SIGKILL)
 
@@ -1201,9 +1204,10 @@ def test_stopped_runs_on_parts_end_as_if_they_had_not_been(parts, forked):
 def test_damaged_parts_are_told(parts, forked):
     """By the process that reads ahead; the run ends with its last checkpoint."""
     os.truncate("data/cube-single-play-v0-001.npz", 5000)
-    screen = call("--dataset-dir data", 1, lambda: vars(trqam).update(PART_UPDATES=7))
+    screen = call("--dataset-dir data", 1, lambda: vars(trqam).update(PART_STEPS=7))
     assert "got a damaged data/cube-single-play-v0-001.npz" in screen
-    assert "error: expected a result, got exit code 1 of its process (see above)" in screen
+    assert "error: expected a result, got exit code 1 of its process; it says why" in screen
+    assert "Traceback" not in screen
     assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 7
 
 
@@ -1292,9 +1296,10 @@ class Evil:
 
 
 FORMATS = [{"format": n} for n in (0, 99, trqam.FORMAT)]
+FLOW = FORMATS[-1] | {"config": {}, "dims": None, "data": "", "agent": {}, "progress": {}}
 
 
-@pytest.mark.parametrize("content", [0, 20000, *FORMATS, [1, 2], Evil()])
+@pytest.mark.parametrize("content", [0, 20000, *FORMATS, FLOW, [1, 2], Evil()])
 def test_checkpoints_that_are_none_are_refused(content, finished):
     """Cut, of another version or crafted: they run nothing, and stay as they are."""
     path = RUN / "checkpoint.pt"
@@ -1410,6 +1415,7 @@ MISTAKES = r"""
 2  --device cuda:99                         a device that is there, got cuda:99; use --device cpu
 2  --env humanoidmaze-teleport              expected an --env that OGBench can build, got human
 2  --env antmaze-large --data scripted      expected a cube, scene or puzzle play set, got antm
+2  --env antmaze-large-play-singletask-v0 --data scripted  expected a cube, scene or puzzle play
 1  --env antmaze-large                      refused.*put antm.*-v0.npz and .*-val.npz into /.*data
 1  --data ogbench --dataset-dir .           refused.*-val.npz into \. \(--dataset-dir\)
 2  --chunk 60                               expected a chunk of 60 actions

@@ -584,7 +584,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     data: Literal["auto", "ogbench", "scripted"] = "auto"  # scripted: collected here; auto: either
     # folder of datasets, downloaded or collected if need be; a set in parts is put there by hand,
-    # as <name>-000.npz, <name>-000-val.npz and so on, and one part is in memory at a time
+    # as <name>-000.npz, <name>-000-val.npz and so on: one is trained on while the next is read
     dataset_dir: str = "~/.ogbench/data"
     dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
@@ -742,7 +742,7 @@ def check(cfg: Config) -> None:
 
 # =========================================================================================== data
 COLLECTED, PERIODIC, FINAL, ONLINE = range(4)  # streams of episode seeds
-PART_UPDATES = 1000  # steps with each part of a dataset in turn
+PART_STEPS = 1000  # of training by each part of a dataset in turn
 STACK = {  # range of the probability that an episode of a cube domain stacks
     "cube-single": (0, 0),
     "cube-double": (0, 0.25),
@@ -806,9 +806,13 @@ def work(function: Callable, jobs: Sequence, pipe: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    with suppress(BrokenPipeError):
+    try:
         for job in jobs:
             pipe.send(function(job))
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        sys.exit(str(error))
 
 
 def by_workers(method: str, function: Callable, jobs: Sequence, n: int) -> Iterator:
@@ -825,11 +829,11 @@ def by_workers(method: str, function: Callable, jobs: Sequence, n: int) -> Itera
         worker, pipe = workers[i % n]
         try:
             yield pipe.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             worker.join()
             raise ChildProcessError(
-                f"expected a result, got exit code {worker.exitcode} of its process (see above); "
-                "if it was killed for memory, take fewer --workers"
+                f"expected a result, got exit code {worker.exitcode} of its process; it says why "
+                "above, or was killed: if for memory, take fewer --workers"
             ) from error
 
 
@@ -904,7 +908,6 @@ def download(name: str, folder: Path, hosts: list) -> None:
     failures = []
     kind: type[OSError] = ConnectionError
     for host in hosts:
-        shutil.rmtree(folder)
         ogbench.utils.DATASET_URL = host
         try:
             ogbench.download_datasets([name], str(folder))
@@ -917,6 +920,8 @@ def download(name: str, folder: Path, hosts: list) -> None:
             failures.append(f"{error!r} of {host}")
             if isinstance(error, urllib.error.HTTPError) or any(folder.iterdir()):
                 kind = OSError
+        shutil.rmtree(folder)
+        folder.mkdir()
     advice = f"put {name}.npz and {name}-val.npz into {folder.parent} (--dataset-dir)"
     raise kind(f"expected dataset {name}, got {'; '.join(failures)}; {advice}")
 
@@ -933,7 +938,7 @@ def prepare_data(cfg: Config) -> list[Path]:
     official = folder / f"{name}.npz"
     thousands = math.ceil(cfg.transitions / 1000)
     scripted = folder / f"{domain}-play-scripted-seed{cfg.data_seed}-{thousands}k.npz"
-    collectable = name == f"{domain}-play-v0"  # of cube, scene, puzzle
+    collectable = name == f"{domain}-play-v0" and domain not in MAZES
     if cfg.data == "scripted" and not collectable:
         raise ValueError(f"expected a cube, scene or puzzle play set, got {name}; see --data")
 
@@ -998,22 +1003,25 @@ def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
     return sets
 
 
+env_of_reader = cache(make_env)  # one for all parts: of mazes each leaves a file open
+
+
 def read_part(env_id: str, paths: list, turn: int) -> dict:
     """The transitions of a dataset's part whose turn it is."""
-    data, _ = read_set(env_id, make_env(env_id), paths[turn % len(paths)])
+    data, _ = read_set(env_id, env_of_reader(env_id), paths[turn % len(paths)])
     return data
 
 
 class ReplayBuffer:
     """Transitions, and the chunks they form, on the device: the dataset, then online episodes.
 
-    Of a dataset in parts it holds one at a time; `read_part` gives that of a turn.
+    Of a dataset in parts it holds one at a time; `part_of` gives that of a turn.
     """
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
-    def __init__(self, data: dict, cfg: Config, read_part: Callable | None = None):
-        self.read_part = read_part
+    def __init__(self, data: dict, cfg: Config, part_of: Callable | None = None):
+        self.part_of = part_of
         self.turn = -1
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
@@ -1039,10 +1047,10 @@ class ReplayBuffer:
         self.add(online)
 
     def turn_to(self, turn: int) -> None:
-        """Hold the part of this turn, while a process reads the next one's."""
-        if self.read_part and turn != self.turn:
+        """Hold the part of this turn, while a process, started by the first, reads the next."""
+        if self.part_of and turn != self.turn:
             if self.turn == -1:
-                self.parts = by_workers("spawn", self.read_part, range(turn, 10**9), 1)
+                self.parts = by_workers("spawn", self.part_of, range(turn, 10**9), 1)
             self.hold(next(self.parts))
             self.turn = turn
 
@@ -1085,18 +1093,18 @@ def load_data(cfg: Config) -> tuple:
     for array in [*data.values(), *held_out.values()]:
         digest.update(array.tobytes())
     for path in paths[1:]:
-        digest.update(path.name.encode())
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
     facts = {
         "source": "scripted" if "-play-scripted-" in paths[0].name else "ogbench",
         "path": str(paths[0]),
-        "parts": len(paths),
         "transitions": len(data["rewards"]),
         "solved": int((data["masks"] == 0).sum()),
         "sha256": digest.hexdigest(),
+        "parts": len(paths),
     }
     held_out_buffer = ReplayBuffer(held_out, replace(cfg, online_steps=0))
-    of_a_turn = partial(read_part, cfg.env, paths) if len(paths) > 1 else None
-    return env, ReplayBuffer(data, cfg, of_a_turn), held_out_buffer, facts
+    part_of = partial(read_part, cfg.env, paths) if len(paths) > 1 else None
+    return env, ReplayBuffer(data, cfg, part_of), held_out_buffer, facts
 
 
 # ===================================================================================== evaluation
@@ -1267,7 +1275,7 @@ def load_checkpoint(path: Path) -> dict:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}")
         Config(**saved["config"])
-        if not {"dims", "data", "agent", "progress"} <= saved.keys():
+        if not (saved["dims"] and {"data", "agent", "progress"} <= saved.keys()):
             raise ValueError("parts are missing")
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
@@ -1320,9 +1328,8 @@ def flow_sizes(path: str) -> dict:
 
 def start_from(agent: Agent, path: str) -> None:
     """Take a run's cloned flow as `base`. Raises OSError, and ValueError if it has other sizes."""
-    flow = load_agent(path).base.state_dict()
     try:
-        agent.base.load_state_dict(flow)
+        agent.base.load_state_dict(load_agent(path).base.state_dict())
     except RuntimeError as error:
         raise ValueError(f"expected a flow of the run's sizes in {path}, got {error}") from error
 
@@ -1416,7 +1423,7 @@ def train(cfg: Config) -> None:
             bar = progress_bar(phase, ends[phase], step - 1)
         if phase == "online":
             whole = next(online)
-        buffer.turn_to((step - 1) // PART_UPDATES)
+        buffer.turn_to((step - 1) // PART_STEPS)
         if phase != "online" or step > ends["offline"] + cfg.online_start:
             batch = buffer.sample(cfg.batch, generator)
             noise = agent.draw_noise(cfg.batch, generator)

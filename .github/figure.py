@@ -1,12 +1,14 @@
-"""Draw success, path KL and λ of several runs of trqam.py over its TRQAM updates.
+"""Draw success, path KL and λ of several runs of trqam.py over their fine-tuning updates.
 
     pip install matplotlib
-    python .github/figure.py runs/cube-single-play/seed{0,1,2}    writes .github/learning.png
+    python .github/figure.py RUN …    writes .github/learning.png
 
-A thin line is a run, the thick one their mean where all of them have the same steps.
+TRQAM and fixed λ in colours of their own; a thin line is a run, the thick one the mean of those of
+a colour, at the steps that all of them have.
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -14,10 +16,14 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 
+def method_of(folder: Path) -> str:
+    lam = json.loads((folder / "config.json").read_text())["fixed_lambda"]
+    return "TRQAM" if lam is None else f"fixed λ = {lam:g}"
+
+
 def curve(folder: Path, table: str, name: str) -> dict:
     """Thousands of steps after pretraining -> value, of a run's train.csv or eval.csv."""
-    with open(folder / "eval.csv") as file:
-        start = next(int(row["step"]) for row in csv.DictReader(file) if row["phase"] == "pretrain")
+    start = json.loads((folder / "config.json").read_text())["pretrain_steps"]
     with open(folder / table) as file:
         rows = [row for row in csv.DictReader(file) if row[name]]
     steps = ((int(row["step"]) - start) / 1000 for row in rows)
@@ -34,19 +40,23 @@ def main(folders: list[Path]) -> None:
         ("train.csv", "path_kl", "path KL, nats per action (budget dashed)", 1),
         ("train.csv", "lam", "trust-region parameter λ", 1),
     ]
+    methods = list(dict.fromkeys(map(method_of, folders)))
     for ax, (table, name, title, factor) in zip(axes, panels, strict=True):
-        curves = [curve(folder, table, name) for folder in folders]
-        for folder, points in zip(folders, curves, strict=True):
-            values = [factor * value for value in points.values()]
-            ax.plot(list(points), values, ".-", markersize=4, linewidth=0.9, label=folder.name)
-        if all(points.keys() == curves[0].keys() for points in curves):
-            mean = [factor * sum(p[step] for p in curves) / len(curves) for step in curves[0]]
-            ax.plot(list(curves[0]), mean, color="black", linewidth=2.2, label="mean")
-        ax.set(title=title, xlabel="TRQAM updates, thousands")
+        for color, method in zip(("black", "tab:orange", "tab:blue"), methods, strict=False):
+            own = [folder for folder in folders if method_of(folder) == method]
+            curves = [curve(folder, table, name) for folder in own]
+            for points in curves:
+                values = [factor * value for value in points.values()]
+                ax.plot(list(points), values, color=color, linewidth=0.7, alpha=0.6)
+            common = [step for step in curves[0] if all(step in points for points in curves)]
+            mean = [factor * sum(points[step] for points in curves) / len(own) for step in common]
+            label = f"{method}, mean of {len(own)}"
+            ax.plot(common, mean, color=color, linewidth=2.2, label=label)
+        ax.set(title=title, xlabel="updates, thousands")
     budget = curve(folders[0], "train.csv", "kl_budget")
     axes[0].set_ylim(0, 104)
     axes[1].plot(list(budget), list(budget.values()), "k--", linewidth=1.2)
-    axes[1].set_ylim(0, 2 * max(budget.values()))
+    axes[1].set_ylim(0)
     axes[2].set_yscale("log")
     axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[2].yaxis.set_major_formatter("{x:g}")

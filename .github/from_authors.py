@@ -59,8 +59,11 @@ class ArraysOnly(pickle.Unpickler):
         return Stub
 
 
-def read(path: str) -> tuple[dict, dict]:
-    """The flow's weights by the names of `trqam.MLP`, and its sizes. Raises OSError."""
+def read(path: str) -> tuple[trqam.Agent, dict]:
+    """An agent that has the flow, and has learnt nothing else, and its sizes. Raises OSError.
+
+    How long its chunks are the file doesn't tell: they are one large action.
+    """
     try:
         with open(path, "rb") as file:
             network = ArraysOnly(file).load()["agent"]["network"]["params"]
@@ -76,25 +79,24 @@ def read(path: str) -> tuple[dict, dict]:
             "layers": sum(name.startswith("base.biases") for name in flow) - 1,
             "flow_layer_norm": "base.scales.0" in flow,
         }
+        cfg = trqam.Config(**sizes, chunk=1, critics=1, pretrain_steps=0, device="cpu")
+        D = len(flow[f"base.biases.{cfg.layers}"])
+        agent = trqam.Agent(cfg, len(flow["base.weights.0"]) - D - 1, D)
+        agent.load_state_dict(agent.state_dict() | flow)
+        agent.start_fine_tuning()
     except OSError:
         raise
     except Exception as error:  # of damaged and of hostile files, many kinds
         raise OSError(f"expected a flow of TRQAM's authors, got {path}: {error!r}") from error
-    return flow, sizes
+    return agent, sizes
 
 
 def main(source: str, target: str) -> None:
-    """Write the checkpoint of an agent that has the flow, and has learnt nothing else."""
-    flow, sizes = read(source)
-    *_, last = (bias for name, bias in flow.items() if name.startswith("base.biases"))
-    obs_dim = len(flow["base.weights.0"]) - len(last) - 1
-    cfg = trqam.Config(**sizes, chunk=1, pretrain_steps=0, device="cpu")
-    agent = trqam.Agent(cfg, obs_dim, len(last))  # a chunk is one large action
-    agent.load_state_dict(agent.state_dict() | flow)
-    agent.start_fine_tuning()
+    """Write the agent's checkpoint."""
+    agent, sizes = read(source)
     content = {
         "format": trqam.FORMAT,
-        "config": asdict(cfg),
+        "config": asdict(agent.cfg),
         "dims": agent.dims,
         "data": None,
         "agent": agent.state_dict(),
