@@ -1183,6 +1183,23 @@ def forked(monkeypatch):
     monkeypatch.setattr(trqam, "by_workers", lambda _, *args: by_workers("fork", *args))
 
 
+def test_parts_belong_to_the_data_of_a_run(parts):
+    """A run does not go on where one has another size or name, or is missing."""
+
+    def data_sum():
+        return trqam.load_data(tiny("--dataset-dir data"))[-1]["sha256"]
+
+    sums = {data_sum(), data_sum()}
+    part = Path("data/cube-single-play-v0-001.npz")
+    part.write_bytes(part.read_bytes() + b"more")
+    sums.add(data_sum())
+    part = part.rename("data/cube-single-play-v0-003.npz")
+    sums.add(data_sum())
+    part.unlink()
+    sums.add(data_sum())
+    assert len(sums) == 4
+
+
 def test_stopped_runs_on_parts_end_as_if_they_had_not_been(parts, forked):
     """Killed online; the process that reads ahead ends with the run."""
 
