@@ -1,11 +1,11 @@
 """Turn a flow that TRQAM's authors pretrained into a checkpoint.pt for trqam.py's --pretrained.
 
-    python .github/from_authors.py params.pkl flow.pt
-    python trqam.py --env scene --scale paper --pretrained flow.pt
+    python .github/from_authors.py params.pkl flow.pt --env scene --scale paper
 
-They are at Hugging Face, yonghoon96/trqam-bc-checkpoints; read without jax. Nothing of the file is
-run: a pickle's NumPy objects become stubs, since a crafted dtype makes NumPy itself take bytes of
-the file for pointers. Exit code 1 if the file is none of them, 2 for a wrong call.
+With flags it goes on as `python trqam.py --pretrained flow.pt` with these flags. The flows are at
+Hugging Face, yonghoon96/trqam-bc-checkpoints; read without jax. Nothing of the file is run: a
+pickle's NumPy objects become stubs, since a crafted dtype makes NumPy itself take bytes of the file
+for pointers. Exit code 1 if the file is none of them, 2 for a wrong call.
 """
 
 import pickle
@@ -108,10 +108,14 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        print(f"expected two files\n\n{__doc__}", file=sys.stderr)
+    if len(sys.argv) < 3:
+        print(f"expected two files, then flags\n\n{__doc__}", file=sys.stderr)
         sys.exit(2)
+    source, target, *flags = sys.argv[1:]
     try:
-        main(*sys.argv[1:])
+        main(source, target)
     except OSError as error:
         sys.exit(str(error))
+    if flags:
+        sys.argv = [trqam.__file__, "--pretrained", target, *flags]
+        sys.exit(trqam.main())

@@ -120,6 +120,24 @@ def test_flow_of_the_authors_acts_as_by_hand(norm, protocol, nested, capsys):
     assert torch.equal(trqam.load_agent("flow.pt").policy(*inputs), agent.base(*inputs))
 
 
+def test_flow_of_the_authors_is_fine_tuned():
+    """By one command, whose flags are those of trqam.py."""
+    params = {"modules_actor_slow": authors_flow(False)}
+    Path("params.pkl").write_bytes(pickle.dumps({"agent": {"network": {"params": params}}}))
+    sizes = {"observations": 28, "actions": 5, "qpos": 21, "qvel": 20}
+    arrays = {name: np.zeros((1001, n), np.float32) for name, n in sizes.items()}
+    for name in ("cube-single-play-v0", "cube-single-play-v0-val"):
+        np.savez(name, **arrays, terminals=np.arange(1001) == 1000)
+    flags = "--env cube-single --scale laptop --device cpu --dataset-dir . --offline-steps 2"
+    flags += " --critics 2 --eval-episodes 1 --final-episodes 1 --run-dir run"
+    shown = script("from_authors", "params.pkl", "flow.pt", *flags.split())
+    assert re.search(r"(?m)^offline +2/2 ", shown)
+    base = trqam.load_agent("flow.pt").base
+    before, after = (x.parameters() for x in (base, trqam.load_agent("run/checkpoint.pt").base))
+    distance = max((x - y).abs().max() for x, y in zip(before, after, strict=True))
+    assert 0 < distance < 0.01
+
+
 def test_missing_pickle_is_told():
     assert "No such file" in script("from_authors", "none.pkl", "flow.pt", code=1)
 
