@@ -955,7 +955,7 @@ def test_killed_collection_leaves_nothing():
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
-    """Serves this folder; of each file a part, then nothing for a while. Some have moved."""
+    """Serves this folder; of `half` and `slow` in part, then nothing for a while; `moved` moved."""
 
     def do_GET(self):
         if self.path.startswith("/moved"):
@@ -966,23 +966,20 @@ class Host(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
     def copyfile(self, source, target):
-        whole = source.read()
-        target.write(whole[: len(whole) // self.server.parts])
-        time.sleep(self.server.pause)
+        in_part = re.match("/(half|slow)/.*-val", self.path)
+        target.write(source.read(5000 if in_part else -1))
+        if self.path.startswith("/slow"):
+            time.sleep(4)
 
 
 @pytest.fixture
 def host(monkeypatch):
-    """A host that nothing is wrong with; patience with it is five times shorter."""
+    """The URL of a host; patience with it is five times shorter."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Host)
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    server.parts = 1
-    server.pause = 0
-    monkeypatch.setattr(trqam, "HOSTS", [f"{server.url}/host"])
     patience = socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: patience(seconds / 5))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
@@ -996,36 +993,26 @@ def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "folder, parts, pause, text",
-    [("other", 1, 0, "404"), ("host", 2, 0, "got a part"), ("host", 2, 4, "timed out")],
+    "bad, text",
+    [("none", "404"), ("half", "got a part"), ("slow", "timed out"), ("liar", "or another file")],
 )
-def test_data_that_come_in_part_are_an_error(folder, parts, pause, text, host):
-    """Nothing is collected in their place or taken for a dataset; the next run gets the whole."""
-    write_dataset(folder)
-    host.parts = parts
-    host.pause = pause
-    cfg = tiny("--dataset-dir data")
-    with pytest.raises(OSError, match=text):
-        trqam.prepare_data(cfg)
-    assert not list(Path("data").glob("*.npz"))
-    write_dataset("host")
-    host.parts = 1
-    trqam.prepare_data(cfg)
-    assert files("data").items() >= files("host").items()
+def test_mirrors_are_tried_in_turn(bad, text, host, monkeypatch):
+    """What one has in part or wrongly, by its sum where that is known, is an error.
 
-
-def test_mirrors_are_tried_in_turn(host, monkeypatch):
-    """The first that has the whole set, by its sum where that is known, also where it has moved."""
-    write_dataset("host")
+    Nothing is collected in its place or taken for a dataset. A mirror's is, also if it has moved.
+    """
+    for folder in ("host", "half", "slow"):
+        write_dataset(folder)
     write_dataset("liar", actions=np.zeros((153, 5)))
     digest = hashlib.sha256(Path("host/cube-single-play-v0.npz").read_bytes()).hexdigest()
     monkeypatch.setattr(trqam, "SHA256", {"cube-single-play-v0": digest})
-    hosts = ["http://127.0.0.1:9", f"{host.url}/none", f"{host.url}/liar", f"{host.url}/moved"]
+    with pytest.raises(OSError, match=text):
+        trqam.prepare_data(tiny(f"--dataset-dir data --dataset-url {host}/{bad} --transitions 1"))
+    assert not list(Path("data").glob("*.npz"))
+    hosts = ["http://127.0.0.1:9", f"{host}/{bad}", f"{host}/moved"]
     monkeypatch.setattr(trqam, "HOSTS", hosts)
     trqam.prepare_data(tiny("--dataset-dir data"))
     assert files("data").items() >= files("host").items()
-    with pytest.raises(OSError, match=r"got a part or another file.*/liar"):
-        trqam.prepare_data(tiny(f"--dataset-dir other --dataset-url {host.url}/liar"))
 
 
 @pytest.mark.parametrize(
