@@ -781,28 +781,6 @@ def test_evaluation_averages_the_episodes(workers):
     )
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
-def test_a_stopped_evaluation_leaves_nothing():
-    """The run, all its processes or its workers are killed while an episode lasts: one line."""
-
-    def run(name, code, line, *action):
-        def prepare():
-            strike("play_out 2", time.sleep, 1000)  # the second one of each worker
-            strike("recv 3", *action)
-
-        args = f"{TINY} --workers 2 --final-episodes 4 --run-dir {name}".split()
-        yield from running(args, code, f"{name}.screen", prepare)
-        assert line in Path(f"{name}.screen").read_text().splitlines()[-1]
-        assert "Traceback" not in Path(f"{name}.screen").read_text()
-
-    together(
-        run("kill", -9, "pretrain", signal.raise_signal, signal.SIGKILL),
-        run("term", 143, "stopped; the last", signal.raise_signal, signal.SIGTERM),
-        run("int", 130, "stopped; the last", os.killpg, 0, signal.SIGINT),
-        run("workers", 1, "exit code -9 of its process", kill_workers),
-    )
-
-
 def test_every_episode_has_a_seed_of_its_own():
     """By stream, --seed and number."""
     keys = itertools.product(range(4), range(3), range(50))
@@ -932,25 +910,43 @@ def test_two_runs_on_one_empty_folder():
     assert len(first_actions) == 2
 
 
+FORKED = pytest.mark.skipif(sys.platform != "linux", reason="there evaluation has no workers")
+
+
 def kill_workers():
     for process in multiprocessing.active_children():
         process.kill()
 
 
-def test_killed_collection_leaves_nothing():
-    """The run, all its processes or its workers are killed: no process, no dataset is left."""
+@pytest.mark.parametrize(
+    "data, line",
+    [
+        ("scripted", "stopped; there is no"),
+        pytest.param("ogbench", "stopped; the last", marks=FORKED),
+    ],
+    ids=["collection", "evaluation"],
+)
+def test_stopped_workers_leave_nothing(data, line):
+    """The run, all its processes or its workers are killed: one line, no process, no dataset."""
 
-    def run(name, moment, code, text, *action):
-        args = f"{TINY} --data scripted --dataset-dir {name} --run-dir {name}/run".split()
-        yield from running(args, code, f"{name}.screen", partial(strike, moment, *action))
-        assert text in Path(f"{name}.screen").read_text()
-        assert not list(Path(name).rglob("*.npz"))
+    def run(name, code, line, *action):
+        def prepare():
+            strike("play_out 2", time.sleep, 1000)  # the second one of each worker
+            strike("recv 2", *action)
 
-    stopped = "stopped; there is no checkpoint yet"
+        write_dataset(name)
+        folders = f"--dataset-dir {name} --run-dir {name}/run"
+        args = f"{TINY} {folders} --data {data} --workers 2 --final-episodes 4".split()
+        yield from running(args, code, f"{name}.screen", prepare)
+        screen = Path(f"{name}.screen").read_text()
+        assert line in screen.splitlines()[-1] and "Traceback" not in screen
+        assert not list(Path(name).rglob("*scripted*.npz"))
+
     together(
-        run("run", "recv 2", -9, "collecting", signal.raise_signal, signal.SIGKILL),
-        run("all", "recv 1", 143, stopped, os.killpg, 0, signal.SIGTERM),
-        run("workers", "recv 2", 1, "take fewer --workers", kill_workers),
+        run("kill", -9, "", signal.raise_signal, signal.SIGKILL),
+        run("term", 143, line, signal.raise_signal, signal.SIGTERM),
+        run("int", 130, line, os.killpg, 0, signal.SIGINT),
+        run("workers", 1, "exit code -9 of its process", kill_workers),
     )
 
 
