@@ -604,6 +604,7 @@ def child(args, screen, prepare):
     """trqam.py, its output piped into a file."""
     os.setsid()
     sys.stdout = sys.stderr = open(screen, "w")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)  # of spawned processes
     sys.argv = [str(SCRIPT), *args]
     prepare()
     sys.exit(trqam.main())
@@ -1108,8 +1109,9 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
 
 
 @pytest.fixture
-def parts():
-    """Three sets of other lengths, whose observations are 10, 11 and 12."""
+def parts(monkeypatch):
+    """Three sets of other lengths, whose observations are 10, 11 and 12, each for two steps."""
+    monkeypatch.setattr(trqam, "PART_STEPS", 2)
     for i in range(3):
         observations = np.full((153, 28), 10 + i)
         write_dataset("data", f"cube-single-play-v0-00{i}", observations=observations)
@@ -1118,9 +1120,8 @@ def parts():
         np.savez(path, **arrays)
 
 
-def test_parts_of_a_dataset_are_taken_in_turn(parts, updates, monkeypatch):
-    """Here every two steps, in all phases; online beside the episodes, of smaller observations."""
-    monkeypatch.setattr(trqam, "PART_STEPS", 2)
+def test_parts_of_a_dataset_are_taken_in_turn(parts, updates):
+    """In all phases; online beside the episodes, of smaller observations."""
     text = "--dataset-dir data --pretrain-steps 5 --offline-steps 6 --batch 64"
     trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
     seen = [set(batch["obs"].flatten().tolist()) for _, batch, *_ in updates]
@@ -1128,13 +1129,6 @@ def test_parts_of_a_dataset_are_taken_in_turn(parts, updates, monkeypatch):
     assert seen[:11] == turns[:11]
     assert [{x for x in values if x >= 10} for values in seen[11:]] == turns[11:]
     assert min(set.union(*seen[11:])) == 0
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """The process that reads ahead is forked, not spawned, which takes seconds."""
-    by_workers = trqam.by_workers
-    monkeypatch.setattr(trqam, "by_workers", lambda _, *args: by_workers("fork", *args))
 
 
 def test_parts_belong_to_the_data_of_a_run(parts):
@@ -1154,32 +1148,14 @@ def test_parts_belong_to_the_data_of_a_run(parts):
     assert len(sums) == 4
 
 
-def test_stopped_runs_on_parts_end_as_if_they_had_not_been(parts, forked):
-    """Killed online; the process that reads ahead ends with the run."""
-
-    def run(folder, *moments):
-        args = f"{TINY} {ONLINE} --dataset-dir data --resume --run-dir {folder}".split()
-        for moment in (*moments, ""):
-
-            def prepare(moment=moment):
-                trqam.PART_STEPS = 7
-                if moment:
-                    strike(moment, signal.raise_signal, signal.SIGKILL)
-
-            yield from running(args, -signal.SIGKILL if moment else 0, f"of {folder}", prepare)
-
-    together(run("whole"), run("stopped", "update 30"))
-    assert contents(Path("stopped")) == contents(Path("whole"))
-
-
-def test_damaged_parts_are_told(parts, forked):
+def test_damaged_parts_are_told(parts):
     """By the process that reads ahead; the run ends with its last checkpoint."""
     os.truncate("data/cube-single-play-v0-001.npz", 5000)
-    screen = call("--dataset-dir data", 1, lambda: vars(trqam).update(PART_STEPS=7))
+    screen = call("--dataset-dir data", 1)
     assert "got a damaged data/cube-single-play-v0-001.npz" in screen
     assert "error: expected a result, got exit code 1 of its process; it says why" in screen
     assert "Traceback" not in screen
-    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 7
+    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 2
 
 
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
@@ -1191,22 +1167,16 @@ def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
     assert saved == [0, 7, 14, 20, 27, 34, 40]
 
 
-STOPS = {  # by --save-minutes: of 60 there are checkpoints after evaluations only
-    60: "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3, TERM save 2,"
-    " KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
-    0: "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12, KILL save 1,"
-    " TERM update 30",
-}
+def test_stopped_runs_end_as_if_they_had_not_been(finished, parts):
+    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on.
 
+    With 60 --save-minutes there are checkpoints after evaluations only.
+    """
 
-def test_stopped_runs_end_as_if_they_had_not_been(finished):
-    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on."""
-
-    def run(minutes, stops):
-        folder = Path(f"run {minutes}")
-        screen = Path(f"screen{minutes}")
-        args = f"{TINY} {ONLINE} --save-minutes {minutes} --resume --run-dir".split()
-        args.append(str(folder))
+    def run(whole, flags, stops):
+        folder = Path(f"run {flags}")
+        screen = Path(f"screen {flags}")
+        args = [*f"{TINY} {ONLINE} {flags} --resume --run-dir".split(), str(folder)]
         for stop in stops.split(", "):
             name, moment = stop.split(maxsplit=1)
             number = signal.Signals[f"SIG{name}"]
@@ -1219,10 +1189,18 @@ def test_stopped_runs_end_as_if_they_had_not_been(finished):
                 python, script, *args = shlex.split(re.search("to go on: (.*)", text)[1])
                 assert (python, script) == (sys.executable, str(SCRIPT))
         yield from running(args, 0, screen)
-        assert contents(folder) == contents(finished)
+        assert contents(folder) == contents(whole)
         assert not list(folder.glob("*.tmp"))
 
-    together(*itertools.starmap(run, STOPS.items()))
+    seldom = "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3, TERM save 2"
+    seldom += ", KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2"
+    often = "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12, KILL save 1"
+    call(f"{ONLINE} --dataset-dir data")
+    together(
+        run(finished, "--save-minutes 60", seldom),
+        run(finished, "--save-minutes 0", f"{often}, TERM update 30"),
+        run(RUN, "--dataset-dir data", "KILL update 30"),
+    )
 
 
 def test_resume_lengthens_a_run(finished):
