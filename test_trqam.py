@@ -1431,18 +1431,13 @@ def test_dependencies_are_those_of_the_project():
 # ====================================================================================== README
 
 
-def snippet(marker):
-    """The Python code of the README that has the marker in it."""
-    readme = SCRIPT.with_name("README.md").read_text()
-    (code,) = [s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if marker in s]
-    return code
-
-
 def test_readme_acts_with_a_trained_policy(finished):
     """Its lines load a checkpoint and act for an observation `obs`."""
     shutil.copytree(finished, RUN)
+    readme = SCRIPT.with_name("README.md").read_text()
+    (code,) = [s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_agent" in s]
     names = {"obs": np.zeros(28)}
-    exec(snippet("load_agent"), names)
+    exec(code, names)
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
