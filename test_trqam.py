@@ -5,8 +5,6 @@ side by side; their environment is cube-single with episodes cut after 20 steps,
 random. Nothing here touches the network. `pytest -q test_trqam.py`
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import copy
@@ -302,22 +300,19 @@ def test_golden_numbers():
 
 
 SIZES = ["width", "layers", "critics", "chunk", "flow_steps", "batch"]
-SETTINGS = {
-    **dict.fromkeys(SIZES, integers(2, 4)),
-    "gamma": floats(0.5, 1),
-    "rho": floats(0, 2),
-    "tau": floats(0.01, 0.5),
-    "lr": floats(1e-4, 1e-2),
-    "kl_budget": floats(0.05, 3),
-    "flow_layer_norm": booleans(),
-    "frozen_base": booleans(),
-    "fixed_lambda": none() | floats(0.2, 5),
-}
 
 
 @settings(max_examples=60)
 @given(
-    **SETTINGS,
+    **dict.fromkeys(SIZES, integers(2, 4)),
+    gamma=floats(0.5, 1),
+    rho=floats(0, 2),
+    tau=floats(0.01, 0.5),
+    lr=floats(1e-4, 1e-2),
+    kl_budget=floats(0.05, 3),
+    flow_layer_norm=booleans(),
+    frozen_base=booleans(),
+    fixed_lambda=none() | floats(0.2, 5),
     dual=sampled_from([1, 0.01, 100]),
     kl_ema=sampled_from([0, 8]),
 )
