@@ -493,7 +493,7 @@ def test_networks_begin_as_the_settings_say():
     assert len(agent.base.scales) == len(agent.critic.scales) == 1
     for name, p in agent.named_parameters():
         if "weights" in name:
-            filled = p.flatten() / math.sqrt(6 / sum(p.shape[-2:]))
+            filled = p / math.sqrt(6 / sum(p.shape[-2:]))
             levels = torch.linspace(0, 1, 9)
             assert_close(filled.quantile(levels), 2 * levels - 1, rtol=0, atol=0.06)
             assert len(p.unique(dim=0)) == len(p)
@@ -902,8 +902,7 @@ def test_two_runs_on_one_empty_folder():
         one = np.load(f"data/cube-single-play-scripted-seed0-1k{end}")
         two = np.load(f"two{end}")
         assert set(one) == {"observations", "actions", "terminals", "qpos", "qvel"}
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name])
+        np.testing.assert_equal(dict(one), dict(two))
         np.testing.assert_allclose(one["observations"][:, :6], one["qpos"][:, :6], atol=1e-6)
         assert np.abs(one["actions"]).max() <= 1 and one["terminals"].nonzero()[0] == [1000]
         first_actions.add(tuple(one["actions"][0]))
