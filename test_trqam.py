@@ -586,28 +586,30 @@ def tiny(text=""):
     return trqam.parse(f"{TINY} {text}".split())
 
 
-def child(args, screen, prepare):
+def child(flags, screen, prepare):
     """trqam.py, its output piped into a file."""
     os.setsid()
     sys.stdout = sys.stderr = open(screen, "w")  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)  # of spawned processes
-    sys.argv = [str(SCRIPT), *args]
+    sys.argv = shlex.split(f"{SCRIPT} {TINY} {flags}")
     prepare()
     sys.exit(trqam.main())
 
 
-def running(args, code=0, screen="screen", prepare=lambda: None):
-    """A run, for `together`; it has to end with the code and to leave no process."""
+def running(flags, code=0, screen="screen", prepare=lambda: None):
+    """A run, for `together`; it has to end with the code and to leave no process; its screen."""
     fork = multiprocessing.get_context("fork")
-    process = fork.Process(target=child, args=(args, screen, prepare))
+    process = fork.Process(target=child, args=(flags, screen, prepare))
     process.start()
     while process.is_alive():
         yield
-    assert process.exitcode == code, Path(screen).read_text()
+    text = Path(screen).read_text()
+    assert process.exitcode == code, text
     with suppress(ProcessLookupError):
         while True:
             os.killpg(process.pid, 0)
             yield
+    return text
 
 
 def together(*jobs):
@@ -620,9 +622,9 @@ def together(*jobs):
         time.sleep(0.002)
 
 
-def call(text="", code=0, prepare=lambda: None):
+def call(flags="", code=0, prepare=lambda: None):
     """A run that has to end with the code; its screen."""
-    together(running(f"{TINY} {text}".split(), code, "screen", prepare))
+    together(running(flags, code, "screen", prepare))
     return Path("screen").read_text()
 
 
@@ -664,8 +666,7 @@ def finished(tmp_path_factory):
     """The folder of an uninterrupted run of all phases, with its screen, beside other data."""
     folder = tmp_path_factory.mktemp("finished")
     write_dataset(folder / "other", qpos=np.zeros((153, 21)))
-    args = f"{TINY} {ONLINE} --run-dir {folder}".split()
-    together(running(args, 0, folder / "screen"))
+    together(running(f"{ONLINE} --run-dir {folder}", 0, folder / "screen"))
     return folder
 
 
@@ -889,10 +890,9 @@ def test_two_runs_on_one_empty_folder():
 
     The data depend on no number of workers, held-out episodes are others, states fit observations.
     """
-    text = f"{TINY} --data scripted --transitions 1000 --offline-steps 0 --dataset-dir data"
-    runs = [running([*text.split(), f"--run-dir={run}"], 0, f"{run}.screen") for run in "ab"]
-    together(*runs)
-    told = Path("a.screen").read_text() + Path("b.screen").read_text()
+    flags = "--data scripted --transitions 1000 --offline-steps 0 --dataset-dir data --run-dir"
+    together(running(f"{flags} a", 0, "one"), running(f"{flags} b", 0, "other"))
+    told = Path("one").read_text() + Path("other").read_text()
     assert told.count("collecting") == told.count("waiting for another process") == 1
     assert "going on with" not in told  # no download was tried
     assert contents(Path("a")) == contents(Path("b"))
@@ -934,10 +934,9 @@ def test_stopped_workers_leave_nothing(data, line):
             strike("recv 2", *action)
 
         write_dataset(name)
-        folders = f"--dataset-dir {name} --run-dir {name}/run"
-        args = f"{TINY} {folders} --data {data} --workers 2 --final-episodes 4".split()
-        yield from running(args, code, f"{name}.screen", prepare)
-        screen = Path(f"{name}.screen").read_text()
+        flags = f"--data {data} --dataset-dir {name} --run-dir {name}/run"
+        flags += " --workers 2 --final-episodes 4"
+        screen = yield from running(flags, code, f"{name}.screen", prepare)
         assert line in screen.splitlines()[-1] and "Traceback" not in screen
         assert not list(Path(name).rglob("*scripted*.npz"))
 
@@ -1167,20 +1166,18 @@ def test_stopped_runs_end_as_if_they_had_not_been(finished, parts):
 
     def run(whole, flags, stops):
         folder = Path(f"run {flags}")
-        screen = Path(f"screen {flags}")
-        args = [*f"{TINY} {ONLINE} {flags} --resume --run-dir".split(), str(folder)]
+        screen = f"screen {flags}"
+        flags = f"{ONLINE} {flags} --resume --run-dir '{folder}'"
         for stop in stops.split(", "):
             name, moment = stop.split(maxsplit=1)
             number = signal.Signals[f"SIG{name}"]
             code = -number if name == "KILL" else 128 + number
             action = partial(signal.raise_signal, number)
-            yield from running(args, code, screen, partial(strike, moment, action))
-            text = screen.read_text()
+            text = yield from running(flags, code, screen, partial(strike, moment, action))
             assert "data: source" in text  # printed at once, though piped
             if name != "KILL":
-                python, script, *args = shlex.split(re.search("to go on: (.*)", text)[1])
-                assert (python, script) == (sys.executable, str(SCRIPT))
-        yield from running(args, 0, screen)
+                flags = re.search(f"to go on: {sys.executable} {SCRIPT} (.*)", text)[1]
+        yield from running(flags, 0, screen)
         assert contents(folder) == contents(whole)
         assert not list(folder.glob("*.tmp"))
 
