@@ -583,7 +583,7 @@ def write_dataset(folder, name="cube-single-play-v0", **changes):
 
 
 def tiny(text=""):
-    return trqam.parse(f"{TINY} {text}".split())
+    return configure(f"{TINY} {text}")
 
 
 def child(flags, screen, prepare):
@@ -982,7 +982,7 @@ def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
     trqam.train(tiny("--dataset-dir data --offline-steps 0"))
     assert "going on with data of OGBench's scripted oracles" in capsys.readouterr().out
     write_dataset("data", actions=np.zeros((153, 5)))
-    trqam.train(trqam.parse(["--resume", "--offline-steps=1"]))
+    trqam.train(configure("--resume --offline-steps 1"))
     assert "-scripted-" in json.loads((RUN / "config.json").read_text())["data_used"]["path"]
 
 
@@ -1089,7 +1089,7 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
     update, has other batches and other noise."""
     text = "--pretrain-steps 4 --offline-steps 3 --pretrain-lr 0.5 --lr 0.25"
     trqam.train(tiny(f"{text} --pretrain-decay"))
-    trqam.train(trqam.parse(["--resume", "--offline-steps=4", "--lr=0.1"]))
+    trqam.train(configure("--resume --offline-steps 4 --lr 0.1"))
     trqam.train(tiny(f"{text} --no-pretrain-decay --seed 1"))
     cosine = [0.25 + 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
     rates = [*cosine, *[0.25] * 3, 0.1, *[0.5] * 4, *[0.25] * 3]
@@ -1208,8 +1208,8 @@ def test_resume_lengthens_a_run(finished):
 def test_resume_takes_the_settings_of_the_run(finished, capsys):
     """A flag that is given wins, and is reported if it changes something; so for --eval-only."""
     for switch in ("--resume", "--eval-only"):
-        text = f"--run-dir {finished} {switch} --kl-budget 2 --eval-interval 9 --batch 8"
-        cfg = trqam.parse(text.split())
+        flags = "--kl-budget 2 --eval-interval 9 --batch 8"
+        cfg = configure(f"--run-dir {finished} {switch} {flags}")
         assert (cfg.kl_budget, cfg.eval_interval, cfg.width, cfg.online_steps) == (2, 9, 16, 60)
         told = capsys.readouterr().out.splitlines()
         assert sorted(told) == ["eval_interval 33 -> 9", "kl_budget 0.5 -> 2.0"]
