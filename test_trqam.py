@@ -647,9 +647,13 @@ def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+def checkpoint_of(run_dir):
+    return trqam.load_checkpoint(Path(run_dir, "checkpoint.pt"))
+
+
 def contents(run_dir):
     """All of a run that is the same to the bit in a run like it: all but times and places."""
-    saved = trqam.load_checkpoint(run_dir / "checkpoint.pt")
+    saved = checkpoint_of(run_dir)
     for row in [saved["progress"], *saved["progress"]["train"]]:
         assert row.pop("seconds") > 0
     for name in ("run_dir", "dataset_dir", "resume", "save_minutes"):
@@ -829,7 +833,7 @@ def test_which_episodes_are_played(played, monkeypatch, capsys):
     expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
     expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
     assert Counter(played) == expected
-    assert trqam.load_checkpoint(cfg.checkpoint)["progress"]["step"] == 28
+    assert checkpoint_of(cfg.run_dir)["progress"]["step"] == 28
 
 
 @pytest.mark.parametrize("flag, solved", [("--task 1", 0), ("--task 2", 4), ("", 4)])
@@ -895,7 +899,7 @@ def test_two_runs_on_one_empty_folder():
     told = Path("one").read_text() + Path("other").read_text()
     assert told.count("collecting") == told.count("waiting for another process") == 1
     assert "going on with" not in told  # no download was tried
-    assert contents(Path("a")) == contents(Path("b"))
+    assert contents("a") == contents("b")
     trqam.collect(replace(tiny(), transitions=1000, workers=2), Path("two.npz"))
     first_actions = set()
     for end in (".npz", "-val.npz"):
@@ -1045,7 +1049,7 @@ def test_run_end_to_end(finished):
     phases = Counter(row["phase"] for row in rows)
     assert phases == {"pretrain": 4, "offline": 4, "online": 7}
     assert re.findall(r"(\w+) +success", summary) == list(phases)
-    saved = trqam.load_checkpoint(finished / "checkpoint.pt")
+    saved = checkpoint_of(finished)
     assert saved["online"]["terminals"].nonzero().flatten().tolist() == [19, 39, 59]
     agent = trqam.load_agent(finished / "checkpoint.pt")
     *_, held_out, _ = trqam.load_data(tiny())
@@ -1146,7 +1150,7 @@ def test_damaged_parts_are_told(parts):
     assert "got a damaged data/cube-single-play-v0-001.npz" in screen
     assert "error: expected a result, got exit code 1 of its process; it says why" in screen
     assert "Traceback" not in screen
-    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 2
+    assert checkpoint_of(RUN)["progress"]["step"] == 2
 
 
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
@@ -1258,11 +1262,11 @@ def test_pretrained_flow_replaces_pretraining():
     call("--task 3 --offline-steps 0 --run-dir first")
     screen = call("--pretrain-steps 0 --pretrained first/checkpoint.pt --offline-steps 0")
     assert "evaluation at step 0: success" in screen
-    first, run = (trqam.load_checkpoint(x / "checkpoint.pt")["agent"] for x in (Path("first"), RUN))
+    first, run = (checkpoint_of(folder)["agent"] for folder in ("first", RUN))
     assert all(torch.equal(x, run[name]) for name, x in first.items() if "critic" not in name)
     shutil.rmtree("first")
     call("--resume --pretrain-steps 0 --offline-steps 20")
-    run = trqam.load_checkpoint(RUN / "checkpoint.pt")["agent"]
+    run = checkpoint_of(RUN)["agent"]
     for name in ("base", "policy", "critic"):
         assert not torch.equal(run[f"{name}.weights.0"], first[f"{name}.weights.0"])
 
@@ -1285,7 +1289,7 @@ def test_numbers_that_are_not_finite_stop_the_run(flags, text, step, played):
     """With step and terms; the checkpoint that stays is finite, and acts as far as it learnt."""
     with pytest.raises(FloatingPointError, match=text):
         trqam.train(tiny(flags))
-    saved = trqam.load_checkpoint(RUN / "checkpoint.pt")
+    saved = checkpoint_of(RUN)
     assert saved["progress"]["step"] == step
     assert all(x.isfinite().all() for x in saved["agent"].values())
     agent = trqam.load_agent(RUN / "checkpoint.pt")
@@ -1397,7 +1401,7 @@ def test_file_runs_alone():
     """Copied into an empty folder, the file trains."""
     shutil.copy(SCRIPT, "trqam.py")
     subprocess.run([sys.executable, "trqam.py", *TINY.split()], check=True, timeout=300)
-    assert trqam.load_checkpoint(RUN / "checkpoint.pt")["progress"]["step"] == 40
+    assert checkpoint_of(RUN)["progress"]["step"] == 40
 
 
 def test_dependencies_are_those_of_the_project():
