@@ -870,12 +870,11 @@ scene          0.5  0.5  0.56
 """
 
 
-@pytest.mark.parametrize("row", STACKING.strip().splitlines())
-def test_episodes_are_collected_as_the_authors_did(row, monkeypatch):
+@pytest.mark.parametrize("domain, low, high, z", map(str.split, STACKING.strip().splitlines()))
+def test_episodes_are_collected_as_the_authors_did(domain, low, high, z, monkeypatch):
     """The probability to stack; a scene is done again if its cube left the workspace for once."""
-    domain, low, high, z = row.split()
     info = {"privileged/target_task": "x"}
-    env = MagicMock(_workspace_bounds=np.array([[0.25, -0.35, 0.02], [0.6, 0.35, 0.35]]))
+    env = MagicMock(_workspace_bounds=(0.02, 0.35))
     env.reset.return_value = env.set_new_target.return_value = (0, info)
     states = np.full((2002, 21), 0.3)
     states[0, 16] = z
