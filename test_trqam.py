@@ -510,26 +510,26 @@ def test_noise_is_the_generators():
     assert_close(columns.T @ columns / 9999, torch.eye(29), rtol=0, atol=0.06)
 
 
-CRITICS = {
-    "huge": lambda x: 1 + x,
-    "steps": lambda x: x.sign() + x.relu(),
-    "nan": lambda x: torch.where(x.abs() < 0.3, torch.nan, x),
-    "root": lambda x: x.abs().sqrt(),  # infinite slope at 0
-}
+CRITICS = [
+    lambda x: 1 + x,
+    lambda x: x.sign() + x.relu(),
+    lambda x: torch.where(x.abs() < 0.3, torch.nan, x),
+    lambda x: x.abs().sqrt(),  # infinite slope at 0
+]
 
 
 @settings(max_examples=30)
-@given(sampled_from(sorted(CRITICS)), floats(-3, 300))
-def test_adversarial_critics(kind, exponent):
+@given(sampled_from(CRITICS), floats(-3, 300))
+def test_adversarial_critics(critic, exponent):
     """Whatever the target critic: λ in its bracket and all finite, or metrics that tell."""
     agent = golden_agent()
     agent.target_critic.forward = lambda obs, x: (
-        10**exponent * CRITICS[kind](x.sum(-1, keepdim=True)).expand(3, -1, -1)
+        10**exponent * critic(x.sum(-1, keepdim=True)).expand(3, -1, -1)
     )
     for _ in range(3):
         metrics = agent.update(*golden_inputs(SMALL, 1))
         if not all(value.isfinite() for value in metrics.values()):
-            assert exponent > 60 or kind in ("nan", "root")
+            assert exponent > 60 or critic in CRITICS[2:]
             break
         assert 0.0299999 <= 3 * agent.dual <= 300 and 0 <= agent.kl_ema <= 1
         assert all(x.isfinite().all() for x in agent.state_dict().values())
@@ -1062,8 +1062,8 @@ def test_rows_are_averages():
     """Each of the updates since the last one."""
     progress = trqam.Progress()
     for mean in (2, 3):
-        progress.add({"x": torch.tensor(mean - 1)})
-        progress.add({"x": torch.tensor(mean + 1)})
+        progress.add({"x": mean - 1})
+        progress.add({"x": mean + 1})
         assert progress.average() == {"x": mean}
 
 
