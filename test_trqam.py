@@ -826,9 +826,8 @@ def test_which_episodes_are_played(played, monkeypatch, capsys):
     assert files(cfg.run_dir) == before
     assert final.endswith(capsys.readouterr().out.splitlines()[-1])
     env = "cube-single-singletask-task1-v0"
-    expected = {(env, trqam.FINAL, i): 4 for i in range(3)}
-    expected.update({(env, trqam.PERIODIC, i): 7 for i in range(2)})
-    expected.update({(env, trqam.ONLINE, i): 1 for i in range(3)})
+    counts = [(trqam.FINAL, 3, 4), (trqam.PERIODIC, 2, 7), (trqam.ONLINE, 3, 1)]
+    expected = {(env, stream, i): times for stream, n, times in counts for i in range(n)}
     assert Counter(played) == expected
     assert checkpoint_of(cfg.run_dir)["progress"]["step"] == 28
 
@@ -1411,9 +1410,8 @@ def test_readme_acts_with_a_trained_policy(finished):
     """Its lines load a checkpoint and act for an observation `obs`."""
     shutil.copytree(finished, RUN)
     readme = SCRIPT.with_name("README.md").read_text()
-    (code,) = [s for s in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_agent" in s]
     names = {"obs": np.zeros(28)}
-    exec(code, names)
+    exec(re.search("```python\n([^`]*load_agent[^`]*)```", readme)[1], names)
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 
 
