@@ -1,8 +1,8 @@
 """Tests of trqam.py: golden numbers, equations, settings, networks; data, runs, resume, errors.
 
-The theory is in test_theory.py. Runs are forked, so they are at work at once, and several go on
-side by side; their environment is cube-single with episodes cut after 20 steps, their data are
-random. Nothing here touches the network. `pytest -q test_trqam.py`
+The theory is in test_theory.py. Runs are forked, so they are at work at once; their environment is
+cube-single with episodes cut after 20 steps, their data are random. Nothing here touches the
+network. `pytest -q test_trqam.py`
 """
 
 import ast
@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -595,49 +594,42 @@ def child(flags, screen, prepare):
     sys.exit(trqam.main())
 
 
-def running(flags, code=0, screen="screen", prepare=lambda: None):
-    """A run, for `together`; it has to end with the code and to leave no process; its screen."""
+def start(flags, screen="screen", prepare=lambda: None):
+    """Start a run."""
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=child, args=(flags, screen, prepare))
     process.start()
-    while process.is_alive():
-        yield
+    return process
+
+
+def finish(process, code=0, screen="screen"):
+    """The screen of a run, which has to end with the code and to leave no process."""
+    process.join(300)
     text = Path(screen).read_text()
     assert process.exitcode == code, text
-    with suppress(ProcessLookupError):
-        while True:
+    with pytest.raises(ProcessLookupError):
+        for _ in range(3000):
             os.killpg(process.pid, 0)
-            yield
+            time.sleep(0.01)
     return text
 
 
-def together(*jobs):
-    """Advance generators by turns."""
-    alive = list(jobs)
-    deadline = time.monotonic() + 300
-    while alive:
-        assert time.monotonic() < deadline
-        alive = [job for job in alive if next(job, "over") != "over"]
-        time.sleep(0.002)
-
-
 def call(flags="", code=0, prepare=lambda: None):
-    """A run that has to end with the code; its screen."""
-    together(running(flags, code, "screen", prepare))
-    return Path("screen").read_text()
+    """The screen of a run."""
+    return finish(start(flags, prepare=prepare), code)
 
 
-def strike(moment, action, *args):
+def strike(moment, action):
     """Let the nth call of a function begin with an action."""
     name, nth = moment.split()
     owner = next(x for x in (trqam.Agent, trqam, torch, Connection) if hasattr(x, name))
     function = getattr(owner, name)
     calls = itertools.count(1)
 
-    def struck(*own_args, **options):
+    def struck(*args, **options):
         if next(calls) == int(nth):
-            action(*args)
-        return function(*own_args, **options)
+            action()
+        return function(*args, **options)
 
     setattr(owner, name, struck)
 
@@ -669,7 +661,8 @@ def finished(tmp_path_factory):
     """The folder of an uninterrupted run of all phases, with its screen, beside other data."""
     folder = tmp_path_factory.mktemp("finished")
     write_dataset(folder / "other", qpos=np.zeros((153, 21)))
-    together(running(f"{ONLINE} --run-dir {folder}", 0, folder / "screen"))
+    screen = folder / "screen"
+    finish(start(f"{ONLINE} --run-dir {folder}", screen), 0, screen)
     return folder
 
 
@@ -890,8 +883,9 @@ def test_two_runs_on_one_empty_folder():
     The data depend on no number of workers, held-out episodes are others, states fit observations.
     """
     flags = "--data scripted --transitions 1000 --offline-steps 0 --dataset-dir data --run-dir"
-    together(running(f"{flags} a", 0, "one"), running(f"{flags} b", 0, "other"))
-    told = Path("one").read_text() + Path("other").read_text()
+    first = start(f"{flags} a", "screen a")
+    second = start(f"{flags} b", "screen b")
+    told = finish(first, 0, "screen a") + finish(second, 0, "screen b")
     assert told.count("collecting") == told.count("waiting for another process") == 1
     assert "going on with" not in told  # no download was tried
     assert contents("a") == contents("b")
@@ -916,35 +910,28 @@ def kill_workers():
         process.kill()
 
 
+@pytest.mark.parametrize("data", ["scripted", pytest.param("ogbench", marks=FORKED)])
 @pytest.mark.parametrize(
-    "data, line",
+    "code, line, action",
     [
-        ("scripted", "stopped; there is no"),
-        pytest.param("ogbench", "stopped; the last", marks=FORKED),
+        (-9, "", partial(signal.raise_signal, signal.SIGKILL)),
+        (143, "stopped; the", partial(signal.raise_signal, signal.SIGTERM)),
+        (130, "stopped; the", partial(os.killpg, 0, signal.SIGINT)),
+        (1, "exit code -9 of its process", kill_workers),
     ],
-    ids=["collection", "evaluation"],
 )
-def test_stopped_workers_leave_nothing(data, line):
+def test_stopped_workers_leave_nothing(data, code, line, action):
     """The run, all its processes or its workers are killed: one line, no process, no dataset."""
 
-    def run(name, code, line, *action):
-        def prepare():
-            strike("play_out 2", time.sleep, 1000)  # the second one of each worker
-            strike("recv 2", *action)
+    def prepare():
+        strike("play_out 2", partial(time.sleep, 1000))  # the second one of each worker
+        strike("recv 2", action)
 
-        write_dataset(name)
-        flags = f"--data {data} --dataset-dir {name} --run-dir {name}/run"
-        flags += " --workers 2 --final-episodes 4"
-        screen = yield from running(flags, code, f"{name}.screen", prepare)
-        assert line in screen.splitlines()[-1] and "Traceback" not in screen
-        assert not list(Path(name).rglob("*scripted*.npz"))
-
-    together(
-        run("kill", -9, "", signal.raise_signal, signal.SIGKILL),
-        run("term", 143, line, signal.raise_signal, signal.SIGTERM),
-        run("int", 130, line, os.killpg, 0, signal.SIGINT),
-        run("workers", 1, "exit code -9 of its process", kill_workers),
-    )
+    write_dataset("data")
+    flags = f"--data {data} --dataset-dir data --workers 2 --final-episodes 4"
+    screen = call(flags, code, prepare)
+    assert line in screen.splitlines()[-1] and "Traceback" not in screen
+    assert not list(Path("data").rglob("*scripted*.npz"))
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
@@ -1153,38 +1140,32 @@ def test_checkpoints_come_every_few_minutes(updates, monkeypatch):
     assert saved == [0, 7, 14, 20, 27, 34, 40]
 
 
-def test_stopped_runs_end_as_if_they_had_not_been(finished, parts):
-    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on.
+STOPS = {  # with 60 --save-minutes there are checkpoints after evaluations only
+    "--save-minutes 60": "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3,"
+    " TERM save 2, KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
+    "--save-minutes 0": "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12,"
+    " KILL save 1, TERM update 30",
+    "--dataset-dir data": "KILL update 30",
+}
 
-    With 60 --save-minutes there are checkpoints after evaluations only.
-    """
 
-    def run(whole, flags, stops):
-        folder = Path(f"run {flags}")
-        screen = f"screen {flags}"
-        flags = f"{ONLINE} {flags} --resume --run-dir '{folder}'"
-        for stop in stops.split(", "):
-            name, moment = stop.split(maxsplit=1)
-            number = signal.Signals[f"SIG{name}"]
-            code = -number if name == "KILL" else 128 + number
-            action = partial(signal.raise_signal, number)
-            text = yield from running(flags, code, screen, partial(strike, moment, action))
-            assert "data: source" in text  # printed at once, though piped
-            if name != "KILL":
-                flags = re.search(f"to go on: {sys.executable} {SCRIPT} (.*)", text)[1]
-        yield from running(flags, 0, screen)
-        assert contents(folder) == contents(whole)
-        assert not list(folder.glob("*.tmp"))
-
-    seldom = "KILL pretrain_update 7, INT save 2, KILL update 3, KILL write_csv 3, TERM save 2"
-    seldom += ", KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2"
-    often = "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12, KILL save 1"
-    call(f"{ONLINE} --dataset-dir data")
-    together(
-        run(finished, "--save-minutes 60", seldom),
-        run(finished, "--save-minutes 0", f"{often}, TERM update 30"),
-        run(RUN, "--dataset-dir data", "KILL update 30"),
-    )
+@pytest.mark.parametrize("flags", STOPS)
+def test_stopped_runs_end_as_if_they_had_not_been(flags, parts):
+    """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on."""
+    call(f"{ONLINE} {flags} --run-dir whole")
+    flags_now = f"{ONLINE} {flags} --resume --run-dir 'a run'"
+    for stop in STOPS[flags].split(", "):
+        name, moment = stop.split(maxsplit=1)
+        number = signal.Signals[f"SIG{name}"]
+        code = -number if name == "KILL" else 128 + number
+        action = partial(signal.raise_signal, number)
+        screen = call(flags_now, code, partial(strike, moment, action))
+        assert "data: source" in screen  # printed at once, though piped
+        if name != "KILL":
+            flags_now = re.search(f"to go on: {sys.executable} {SCRIPT} (.*)", screen)[1]
+    call(flags_now)
+    assert contents("a run") == contents("whole")
+    assert not list(Path("a run").glob("*.tmp"))
 
 
 def test_resume_lengthens_a_run(finished):
