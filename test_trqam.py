@@ -1170,15 +1170,10 @@ def test_stopped_runs_end_as_if_they_had_not_been(flags, parts):
 
 def test_resume_lengthens_a_run(finished):
     """Offline, then by an online phase, as if it had been as long at once; the change is told."""
-    call("--offline-steps 10")
-    assert "offline_steps 10 -> 20" in call("--resume")
+    call("--offline-steps 0")
+    assert "offline_steps 0 -> 20" in call("--resume")
     assert "online_steps 0 -> 60" in call(f"--resume {ONLINE}")
-    run = contents(RUN)
-    evaluated = run["progress"].pop("eval")
-    assert [row["step"] for row in evaluated] == [20, 30, 40, 53, 86, 100]
-    expected = contents(finished)
-    expected["progress"].pop("eval")
-    assert run == expected
+    assert contents(RUN) == contents(finished)
 
 
 def test_resume_takes_the_settings_of_the_run(finished, capsys):
