@@ -1052,15 +1052,16 @@ def test_rows_are_averages():
 
 @pytest.fixture
 def updates(monkeypatch, played):
-    """Learning rate, batch and noise of every update; episodes take no time."""
+    """Learning rate, observations and noise of every update; episodes take no time."""
     seen = []
 
     def watch(name):
         function = getattr(trqam.Agent, name)
 
-        def spy(agent, *args):
-            metrics = function(agent, *args)
-            seen.append((agent.optimizer.param_groups[0]["lr"], *args))
+        def spy(agent, batch, noise, *lr):
+            metrics = function(agent, batch, noise, *lr)
+            rate = agent.optimizer.param_groups[0]["lr"]
+            seen.append((rate, batch["obs"], *noise.values()))
             return metrics
 
         monkeypatch.setattr(trqam.Agent, name, spy)
@@ -1079,9 +1080,9 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
     trqam.train(tiny(f"{text} --no-pretrain-decay --seed 1"))
     cosine = [0.25 + 0.25 * math.cos(math.pi * k / 4) for k in range(4)]
     rates = [*cosine, *[0.25] * 3, 0.1, *[0.5] * 4, *[0.25] * 3]
-    assert [lr for lr, *_ in updates] == pytest.approx(rates)
-    drawn = [[batch["obs"], *noise.values()] for _, batch, noise, *_ in updates]
-    for tensors in zip(*drawn, strict=True):
+    got, *drawn = zip(*updates, strict=True)
+    assert list(got) == pytest.approx(rates)
+    for tensors in drawn:
         assert len({float(x.sum()) for x in tensors}) == len(rates)
 
 
@@ -1098,7 +1099,7 @@ def test_parts_of_a_dataset_are_taken_in_turn(parts, updates):
     """In all phases; online beside the episodes, of smaller observations."""
     text = "--dataset-dir data --pretrain-steps 5 --offline-steps 6 --batch 64"
     trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
-    seen = [set(batch["obs"].flatten().tolist()) for _, batch, *_ in updates]
+    seen = [set(obs.flatten().tolist()) for _, obs, *_ in updates]
     of_parts = [{x for x in values if x >= 10} for values in seen]
     assert of_parts == [{10 + step // 2 % 3} for step in [*range(11), *range(23, 31)]]
     assert min(set.union(*seen)) == 0
