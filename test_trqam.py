@@ -969,7 +969,7 @@ def test_data_are_collected_where_no_host_answers(played, monkeypatch, capsys):
     assert "going on with data of OGBench's scripted oracles" in capsys.readouterr().out
     write_dataset("data", actions=np.zeros((153, 5)))
     trqam.train(configure("--resume --offline-steps 1"))
-    assert "-scripted-" in json.loads((RUN / "config.json").read_text())["data_used"]["path"]
+    assert "-scripted-" in (RUN / "config.json").read_text()
 
 
 @pytest.mark.parametrize(
