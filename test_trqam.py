@@ -1146,7 +1146,7 @@ STOPS = {  # with 60 --save-minutes there are checkpoints after evaluations only
     " TERM save 2, KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
     "--save-minutes 0": "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12,"
     " KILL save 1, TERM update 30",
-    "--dataset-dir data": "KILL update 30",
+    "--dataset-dir data": "KILL update 40",  # turn 40: not the first part's
 }
 
 
