@@ -5,6 +5,8 @@ cube-single with episodes cut after 20 steps, their data are random. Nothing her
 network. `pytest -q test_trqam.py`
 """
 
+from __future__ import annotations  # `compile` takes it over
+
 import ast
 import builtins
 import copy
