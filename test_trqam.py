@@ -1208,11 +1208,12 @@ class Evil:
 
 
 FLOW = {"format": trqam.FORMAT, "config": {}, "dims": None, "data": "", "agent": {}, "progress": {}}
+SETTINGS_OF_OTHERS = FLOW | {"dims": (28, 5), "config": {"momentum": 0.9}}
 OLD = {"format": 0}
 NEW = {"format": 99}
 
 
-@pytest.mark.parametrize("content", [0, 20000, OLD, NEW, FLOW, [1, 2], Evil()])
+@pytest.mark.parametrize("content", [0, 20000, OLD, NEW, FLOW, SETTINGS_OF_OTHERS, [1, 2], Evil()])
 def test_checkpoints_that_are_none_are_refused(content, finished):
     """Cut, of another version or crafted: they run nothing, and stay as they are."""
     path = RUN / "checkpoint.pt"
