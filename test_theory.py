@@ -2098,7 +2098,7 @@ def cut_off(x, t):
 
 
 @pytest.mark.parametrize(
-    "v", [cut_off, lambda x, t: 2 * x.detach() + torch.ones(1, requires_grad=True)]
+    "v", [cut_off, lambda x, t: 2 * x.detach() + x.new_ones(1, requires_grad=True)]
 )
 def test_missing_gradients_are_errors(v):
     """A velocity or a critic through which no gradient comes back to x is no zero."""

@@ -141,7 +141,7 @@ def fill(agent):
         for i, layer in enumerate(layers_of(getattr(agent, name))):
             for j, p in enumerate(filter(torch.is_tensor, layer)):
                 scale = 0.1 if j > 0 else math.sqrt(3 / p.shape[-2])
-                p.data = wave(100 * T + 10 * i + j, scale, *p.shape) + (j == 2)
+                p.data.copy_(wave(100 * T + 10 * i + j, scale, *p.shape) + (j == 2))
 
 
 def golden_agent(fine_tuning=True, **changes):
@@ -336,6 +336,29 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
 
 
 # ======================================================================================== device
+def updates_of_a_gpu():
+    """Kernel by kernel and captured, also on other batches than the captured one: the CPU's."""
+    agents = [golden_agent(device="cuda") for _ in range(2)]
+    on_gpu = [agents[0].update, trqam.CapturedUpdate(agents[1])]
+    agent = golden_agent()
+    for s in range(1, 9):
+        inputs = golden_inputs(SMALL, s)
+        expected = agent.update(*inputs)
+        for update in on_gpu:
+            moved = [{name: x.cuda() for name, x in part.items()} for part in inputs]
+            got = {name: x.cpu() for name, x in update(*moved).items()}
+            assert_close(got, expected, rtol=1e-5, atol=1e-8)  # Adam counts in float32 there
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_updates_of_a_gpu():
+    """In a process of its own: none can be forked from one that used CUDA."""
+    process = multiprocessing.get_context("spawn").Process(target=updates_of_a_gpu)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
 # On torch's `meta` device there are no numbers: what reads one on the host raises.
 
 
@@ -912,28 +935,32 @@ def kill_workers():
         process.kill()
 
 
+ENDS_OF_WORKERS = [
+    (-9, "", partial(signal.raise_signal, signal.SIGKILL)),
+    (143, "stopped; the", partial(signal.raise_signal, signal.SIGTERM)),
+    (130, "stopped; the", partial(os.killpg, 0, signal.SIGINT)),
+    (1, "exit code -9 of its process", kill_workers),
+]
+
+
 @pytest.mark.parametrize("data", ["scripted", pytest.param("ogbench", marks=FORKED)])
-@pytest.mark.parametrize(
-    "code, line, action",
-    [
-        (-9, "", partial(signal.raise_signal, signal.SIGKILL)),
-        (143, "stopped; the", partial(signal.raise_signal, signal.SIGTERM)),
-        (130, "stopped; the", partial(os.killpg, 0, signal.SIGINT)),
-        (1, "exit code -9 of its process", kill_workers),
-    ],
-)
-def test_stopped_workers_leave_nothing(data, code, line, action):
+def test_stopped_workers_leave_nothing(data):
     """The run, all its processes or its workers are killed: one line, no process, no dataset."""
 
-    def prepare():
+    def prepare(action):
         strike("play_out 2", partial(time.sleep, 1000))  # the second one of each worker
         strike("recv 2", action)
 
-    write_dataset("data")
-    flags = f"--data {data} --dataset-dir data --workers 2 --final-episodes 4"
-    screen = call(flags, code, prepare)
-    assert line in screen.splitlines()[-1] and "Traceback" not in screen
-    assert not list(Path("data").rglob("*scripted*.npz"))
+    runs = []
+    for code, _, action in ENDS_OF_WORKERS:
+        write_dataset(f"data {code}")
+        flags = f"--data {data} --dataset-dir 'data {code}' --run-dir 'run {code}'"
+        flags += " --workers 2 --final-episodes 4"
+        runs.append(start(flags, f"screen {code}", partial(prepare, action)))
+    for run, (code, line, _) in zip(runs, ENDS_OF_WORKERS, strict=True):
+        screen = finish(run, code, f"screen {code}")
+        assert line in screen.splitlines()[-1] and "Traceback" not in screen
+    assert not list(Path().rglob("*scripted*.npz"))
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
@@ -1155,7 +1182,7 @@ STOPS = {  # with 60 --save-minutes there are checkpoints after evaluations only
 @pytest.mark.parametrize("flags", STOPS)
 def test_stopped_runs_end_as_if_they_had_not_been(flags, parts):
     """In every phase, also while it saves; Ctrl-C and SIGTERM tell the command that goes on."""
-    call(f"{ONLINE} {flags} --run-dir whole")
+    whole = start(f"{ONLINE} {flags} --run-dir whole", "screen of the whole")
     flags_now = f"{ONLINE} {flags} --resume --run-dir 'a run'"
     for stop in STOPS[flags].split(", "):
         name, moment = stop.split(maxsplit=1)
@@ -1167,6 +1194,7 @@ def test_stopped_runs_end_as_if_they_had_not_been(flags, parts):
         if name != "KILL":
             flags_now = re.search(f"to go on: {sys.executable} {SCRIPT} (.*)", screen)[1]
     call(flags_now)
+    finish(whole, 0, "screen of the whole")
     assert contents("a run") == contents("whole")
     assert not list(Path("a run").glob("*.tmp"))
 
@@ -1198,6 +1226,19 @@ def test_runs_go_on_on_another_device(finished):
     saved["generator"] = saved["generator"][:16]
     torch.save(saved, path)
     assert "device cuda -> cpu" in call("--resume")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_runs_on_a_gpu():
+    """Through all phases, and on the CPU in between; Adam's moments move with them."""
+    for flags in (
+        f"{TINY} --offline-steps 10 --device cuda",
+        "--resume --offline-steps 15 --device cpu",
+        f"--resume --offline-steps 20 {ONLINE} --device cuda",
+    ):
+        flags = flags.replace("--device cpu ", "", 1)
+        subprocess.run([sys.executable, SCRIPT, *flags.split()], check=True)
+    assert checkpoint_of(RUN)["progress"]["step"] == 100
 
 
 class Evil:

@@ -436,6 +436,7 @@ class Agent(nn.Module):
         hidden = [cfg.width] * cfg.layers
         self.base = MLP([obs_dim + self.D + 1, *hidden, self.D], cfg.flow_layer_norm, gen)
         self.critic = MLP([obs_dim + self.D, *hidden, 1], True, gen, cfg.critics)
+        nn.init.constant_(self.critic.biases[-1], cfg.critic_start)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.dual: Tensor = nn.Buffer(torch.ones(()))  # ℓ
         self.kl_ema: Tensor = nn.Buffer(torch.zeros(()))
@@ -446,7 +447,8 @@ class Agent(nn.Module):
     def learn(self, *networks: nn.Module) -> None:
         """From here on these networks learn, and no others, with a fresh Adam."""
         self.learning = [p for network in networks for p in network.parameters()]
-        self.optimizer = torch.optim.Adam(self.learning, self.cfg.lr)
+        on_gpu = self.dual.is_cuda
+        self.optimizer = torch.optim.Adam(self.learning, self.cfg.lr, capturable=on_gpu)
 
     def start_fine_tuning(self) -> None:
         """v_base and v_ft start from the pretrained flow."""
@@ -512,9 +514,10 @@ class Agent(nn.Module):
 
         # trust region: KL per action of the chunk, dual descent
         kl = path_kl(gap.detach()).mean() / cfg.chunk
-        self.kl_ema, dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
+        kl_ema, dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
+        self.kl_ema.copy_(kl_ema)
         if cfg.fixed_lambda is None:
-            self.dual = dual
+            self.dual.copy_(dual)
 
         # Polyak copies, by the parameters from before Adam (authors' code); one step for all nets
         loss = critic_loss + matching_loss
@@ -529,7 +532,7 @@ class Agent(nn.Module):
             "flow_loss": flow_loss.detach(),
             "matching_loss": matching_loss.detach(),
             "path_kl": kl,
-            "kl_ema": self.kl_ema,
+            "kl_ema": kl_ema,
             "lam": lam,
             "target_kl": closed_form_kl(adjoint, lam).mean() / cfg.chunk,
             "adj_mean": terminal.abs().mean(),
@@ -558,6 +561,30 @@ class Agent(nn.Module):
         v = partial(self.policy, torch.as_tensor(obs).to(x_0)[None])
         chunk = sample_flow(v, x_0, self.cfg.flow_steps)
         return chunk.view(self.cfg.chunk, -1).cpu().numpy()
+
+
+class CapturedUpdate:
+    """`Agent.update` on a GPU as one CUDA graph, instead of its 1,300 kernels one by one."""
+
+    def __init__(self, agent: Agent):
+        self.agent = agent
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self, batch: dict, noise: dict) -> dict:
+        """Like `Agent.update`; the next call overwrites the metrics."""
+        self.calls += 1
+        if self.calls <= 3:  # a capture wants everything to have run before
+            return self.agent.update(batch, noise)
+        if self.calls == 4:
+            self.inputs = (batch, noise)
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.agent.update(batch, noise)
+        for own, new in zip(self.inputs, (batch, noise), strict=True):
+            for name, x in own.items():
+                x.copy_(new[name])
+        self.graph.replay()
+        return self.metrics
 
 
 # ======================================================================================= settings
@@ -602,6 +629,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     critics: int = 10  # ensemble size E
     gamma: float = 0.995  # discount γ per environment step
     rho: float = 0.5  # pessimism ρ: targets are mean − ρ std over the critics
+    critic_start: float = 0.0  # Q of the first critics
     tau: float = 0.005  # Polyak rate of the target critic and of the base flow
 
     # flow and trust region ------------------------------------------------------------
@@ -1296,7 +1324,8 @@ def restore(path, agent, generator, buffer, facts) -> Progress:
     if saved["progress"]["step"] >= agent.cfg.pretrain_steps:
         agent.start_fine_tuning()
     agent.load_state_dict(saved["agent"])
-    agent.optimizer.load_state_dict(saved["optimizer"])
+    moments = {"state": saved["optimizer"]["state"]}
+    agent.optimizer.load_state_dict(agent.optimizer.state_dict() | moments)
     if saved["config"]["device"] == agent.cfg.device:  # another device has its own random numbers
         generator.set_state(saved["generator"])
     buffer.add(saved["online"])
@@ -1389,6 +1418,7 @@ def train(cfg: Config) -> None:
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
     ends = dict(zip(LINES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
+    update = CapturedUpdate(agent) if agent.dual.is_cuda else agent.update
     online = explore(agent, buffer, progress)
     whole = True  # no online episode is under way, which a checkpoint would lose
     save_time = 0.0  # from when on the next one is due
@@ -1430,7 +1460,7 @@ def train(cfg: Config) -> None:
             if phase == "pretrain":
                 metrics = agent.pretrain_update(batch, noise, learning_rate(cfg, step - 1))
             else:
-                metrics = agent.update(batch, noise)
+                metrics = update(batch, noise)
             progress.add(metrics)
         bar.update()
         if progress.updates and (step % cfg.log_interval == 0 or step in ends.values()):
