@@ -1458,10 +1458,9 @@ def train(cfg: Config) -> None:
             batch = buffer.sample(cfg.batch, generator)
             noise = agent.draw_noise(cfg.batch, generator)
             if phase == "pretrain":
-                metrics = agent.pretrain_update(batch, noise, learning_rate(cfg, step - 1))
+                progress.add(agent.pretrain_update(batch, noise, learning_rate(cfg, step - 1)))
             else:
-                metrics = update(batch, noise)
-            progress.add(metrics)
+                progress.add(update(batch, noise))
         bar.update()
         if progress.updates and (step % cfg.log_interval == 0 or step in ends.values()):
             row = {"step": step, "phase": phase, **progress.average(), "kl_budget": cfg.kl_budget}
