@@ -468,6 +468,7 @@ RANGES = """
 --rho            0     1000000000 -1e-09   1000000001   nan
 --flow-steps     2     1000       1        1001
 --kl-budget      1e-06 1e6        9.99e-07 1000001.0    nan
+--critic-start   -1e9  1e9        -1000000001.0 1000000001.0 nan
 --fixed-lambda   1e-06 1e6        9.99e-07 1000001.0    nan
 --width          1     1000000000 0        1000000001
 --layers         1     1000000000 0        1000000001
@@ -508,8 +509,8 @@ def test_a_number_has_its_range(row):
 
 
 def test_networks_begin_as_the_settings_say():
-    """LayerNorm in the flow; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
-    cfg = replace(SMALL, width=1024, layers=1, chunk=4, flow_layer_norm=True)
+    """LayerNorm in the flow, Q of the critics; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
+    cfg = replace(SMALL, width=1024, layers=1, chunk=4, flow_layer_norm=True, critic_start=-3)
     agent = trqam.Agent(cfg, 20, 2)
     other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
     assert len(agent.base.scales) == 1
@@ -520,6 +521,8 @@ def test_networks_begin_as_the_settings_say():
             assert_close(filled.quantile(levels), 2 * levels - 1, rtol=0, atol=0.06)
             assert len(p.unique(dim=0)) == len(p)
             assert not (p == other[name]).any()
+        elif name.endswith("critic.biases.1"):
+            assert (p == -3).all()
         else:
             assert (p == float("scales" in name)).all()
 

@@ -709,6 +709,7 @@ LIMITS = {
     "gamma": (0, 1),
     "tau": (0, 1),
     "flow_steps": (2, 1000),
+    "critic_start": (-1e9, 1e9),
     "kl_budget": (1e-6, 1e6),
     "fixed_lambda": (1e-6, 1e6),
     **dict.fromkeys(SIZES, (1, 10**9)),
