@@ -2352,6 +2352,32 @@ def test_first_aid_finds_nothing_in_our_agent(patient):
     assert trqam.first_aid(v_fine, v_base, learning, 0 * x_1, x_1, t) > 0
 
 
+def moved(inputs, device):
+    return [{name: x.to(device).double() for name, x in part.items()} for part in inputs]
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
+def test_updates_on_a_gpu_are_those_on_the_cpu():
+    """Kernel by kernel and captured, of other batches than the captured one too."""
+    agents = []
+    for device in ("cpu", "cuda", "cuda"):
+        cfg = dataclasses.replace(trqam.Config(), width=16, chunk=2, device=device)
+        agents.append(trqam.Agent(cfg, 3, 2).double())
+        agents[-1].start_fine_tuning()
+    agent, kernels, captured = agents
+    updates = (kernels.update, trqam.CapturedUpdate(captured))
+    for s in range(8):
+        normal = partial(torch.randn, generator=torch.Generator().manual_seed(s))
+        batch = {"obs": normal(9, 3), "next_obs": normal(9, 3), "actions": normal(9, 4).tanh()}
+        batch |= {"rewards": normal(9), "masks": normal(9).sign().relu()}
+        inputs = (batch, agent.draw_noise(9, torch.Generator().manual_seed(s)))
+        expected = agent.update(*moved(inputs, "cpu"))
+        for update in updates:
+            got = update(*moved(inputs, DEVICE))
+            for name, value in expected.items():  # Adam counts in float32 there
+                assert got[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-8), name
+
+
 # ------------------------------------------------------------------ the design
 
 

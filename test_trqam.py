@@ -56,6 +56,12 @@ torch.set_num_threads(1)
 settings.register_profile("trqam", derandomize=True, deadline=None, database=None)
 settings.load_profile("trqam")
 
+# Where autograd has seen a GPU, no process that trains can be forked: these tests don't see it
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a look without starting CUDA
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+SEES_THE_GPU = dict(os.environ)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
@@ -336,27 +342,22 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
 
 
 # ======================================================================================== device
-def updates_of_a_gpu():
-    """Kernel by kernel and captured, also on other batches than the captured one: the CPU's."""
-    agents = [golden_agent(device="cuda") for _ in range(2)]
-    on_gpu = [agents[0].update, trqam.CapturedUpdate(agents[1])]
-    agent = golden_agent()
-    for s in range(1, 9):
-        inputs = golden_inputs(SMALL, s)
-        expected = agent.update(*inputs)
-        for update in on_gpu:
-            moved = [{name: x.cuda() for name, x in part.items()} for part in inputs]
-            got = {name: x.cpu() for name, x in update(*moved).items()}
-            assert_close(got, expected, rtol=1e-5, atol=1e-8)  # Adam counts in float32 there
+@GPU
+def test_theory_holds_on_the_gpu():
+    """So do captured updates, which are there."""
+    argv = [sys.executable, "-m", "pytest", "-q", SCRIPT.with_name("test_theory.py")]
+    subprocess.run(argv, env=SEES_THE_GPU, check=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_updates_of_a_gpu():
-    """In a process of its own: none can be forked from one that used CUDA."""
-    process = multiprocessing.get_context("spawn").Process(target=updates_of_a_gpu)
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
+@GPU
+def test_runs_on_the_gpu():
+    """Through all phases, and on the CPU in between; Adam's moments move with them."""
+    flags = f"{TINY} --offline-steps 10".replace("--device cpu", "--device cuda")
+    back = f"--resume --offline-steps 20 {ONLINE} --device cuda"
+    for text in (flags, "--resume --offline-steps 15 --device cpu", back):
+        argv = [sys.executable, SCRIPT, *text.split()]
+        subprocess.run(argv, env=SEES_THE_GPU | {"HOME": os.environ["HOME"]}, check=True)
+    assert checkpoint_of(RUN)["progress"]["step"] == 100
 
 
 # On torch's `meta` device there are no numbers: what reads one on the host raises.
@@ -509,7 +510,8 @@ def test_a_number_has_its_range(row):
 
 
 def test_networks_begin_as_the_settings_say():
-    """LayerNorm in the flow, Q of the critics; weights fill ±√(6/(n_in + n_out)) evenly, by the seed, none alike."""
+    """LayerNorm in the flow, Q of the critics; weights fill ±√(6/(n_in + n_out)) evenly, by the
+    seed, none alike."""
     cfg = replace(SMALL, width=1024, layers=1, chunk=4, flow_layer_norm=True, critic_start=-3)
     agent = trqam.Agent(cfg, 20, 2)
     other = dict(trqam.Agent(replace(cfg, seed=1), 20, 2).named_parameters())
@@ -1229,19 +1231,6 @@ def test_runs_go_on_on_another_device(finished):
     saved["generator"] = saved["generator"][:16]
     torch.save(saved, path)
     assert "device cuda -> cpu" in call("--resume")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_runs_on_a_gpu():
-    """Through all phases, and on the CPU in between; Adam's moments move with them."""
-    for flags in (
-        f"{TINY} --offline-steps 10 --device cuda",
-        "--resume --offline-steps 15 --device cpu",
-        f"--resume --offline-steps 20 {ONLINE} --device cuda",
-    ):
-        flags = flags.replace("--device cpu ", "", 1)
-        subprocess.run([sys.executable, SCRIPT, *flags.split()], check=True)
-    assert checkpoint_of(RUN)["progress"]["step"] == 100
 
 
 class Evil:
