@@ -2357,11 +2357,12 @@ def moved(inputs, device):
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
-def test_updates_on_a_gpu_are_those_on_the_cpu():
+@pytest.mark.parametrize("change", [{}, {"frozen_base": True, "fixed_lambda": 2.0}])
+def test_updates_on_a_gpu_are_those_on_the_cpu(change):
     """Kernel by kernel and captured, of other batches than the captured one too."""
     agents = []
     for device in ("cpu", "cuda", "cuda"):
-        cfg = dataclasses.replace(trqam.Config(), width=16, chunk=2, device=device)
+        cfg = dataclasses.replace(trqam.Config(), width=16, chunk=2, device=device, **change)
         agents.append(trqam.Agent(cfg, 3, 2).double())
         agents[-1].start_fine_tuning()
     agent, kernels, captured = agents

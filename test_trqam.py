@@ -342,6 +342,22 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
 
 
 # ======================================================================================== device
+
+
+def test_updates_write_in_place():
+    """As a CUDA graph of them does, whatever they change has to stay where it is."""
+    agent = golden_agent()
+
+    def places():
+        state = (agent.state_dict(), agent.optimizer.state_dict()["state"])
+        return [x.data_ptr() for x in tree_leaves(state)]
+
+    agent.update(*golden_inputs(SMALL, 1))  # makes Adam's moments
+    before = places()
+    agent.update(*golden_inputs(SMALL, 2))
+    assert places() == before
+
+
 @GPU
 def test_theory_holds_on_the_gpu():
     """So do captured updates, which are there."""

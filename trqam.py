@@ -515,7 +515,7 @@ class Agent(nn.Module):
         # trust region: KL per action of the chunk, dual descent
         kl = path_kl(gap.detach()).mean() / cfg.chunk
         kl_ema, dual = dual_step(kl, self.kl_ema, self.dual, cfg.kl_budget)
-        self.kl_ema.copy_(kl_ema)
+        self.kl_ema.copy_(kl_ema)  # in place, as all that an update changes: see CapturedUpdate
         if cfg.fixed_lambda is None:
             self.dual.copy_(dual)
 
@@ -564,7 +564,11 @@ class Agent(nn.Module):
 
 
 class CapturedUpdate:
-    """`Agent.update` on a GPU as one CUDA graph, instead of its 1,300 kernels one by one."""
+    """`Agent.update` on a GPU as one CUDA graph, instead of some 1,000 kernels one by one.
+
+    The fourth call is recorded: its agent, networks, Adam and settings are those of all later ones,
+    and its tensors are overwritten by theirs, which have the same shapes.
+    """
 
     def __init__(self, agent: Agent):
         self.agent = agent
@@ -578,7 +582,7 @@ class CapturedUpdate:
             return self.agent.update(batch, noise)
         if self.calls == 4:
             self.inputs = (batch, noise)
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device(self.agent.dual.device), torch.cuda.graph(self.graph):
                 self.metrics = self.agent.update(batch, noise)
         for own, new in zip(self.inputs, (batch, noise), strict=True):
             for name, x in own.items():
@@ -629,7 +633,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     critics: int = 10  # ensemble size E
     gamma: float = 0.995  # discount γ per environment step
     rho: float = 0.5  # pessimism ρ: targets are mean − ρ std over the critics
-    critic_start: float = 0.0  # Q of the first critics
+    critic_start: float = 0.0  # Q of untrained critics: the bias of their last layer
     tau: float = 0.005  # Polyak rate of the target critic and of the base flow
 
     # flow and trust region ------------------------------------------------------------
@@ -754,7 +758,7 @@ def resolve(cfg: Config) -> Config:
         raise ValueError(f"expected a device that is there, got {device}; {advice}") from error
     scale = cfg.scale
     if scale == "auto":
-        scale = "paper" if device == "cuda" else "laptop"
+        scale = "paper" if device.startswith("cuda") else "laptop"
     name = env.replace("-singletask", "").removesuffix("-v0")
     run_dir = cfg.run_dir or f"runs/{name}/seed{cfg.seed}"
     return replace(cfg, env=env, device=device, scale=scale, run_dir=run_dir)
@@ -1481,7 +1485,7 @@ def train(cfg: Config) -> None:
 # =================================================================================== command line
 # what a run that goes on can't change
 FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
-FIXED += ["width", "layers", "flow_layer_norm", "critics", "chunk", "frozen_base"]
+FIXED += ["width", "layers", "flow_layer_norm", "critics", "critic_start", "chunk", "frozen_base"]
 
 
 def report_changes(saved: dict, cfg: Config) -> None:
