@@ -920,7 +920,8 @@ def collect(cfg: Config, path: Path) -> None:
     episodes = []
     bar = progress_bar("collect", len(keys))
     function = partial(collect_episode, domain_of(cfg.env))
-    for episode in by_workers("spawn", function, keys, cfg.workers):
+    method = "fork" if sys.platform == "linux" else "spawn"
+    for episode in by_workers(method, function, keys, cfg.workers):
         episodes.append(episode)
         bar.update()
         if bar.n % 50 == 0:
