@@ -703,6 +703,7 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
     "log_interval": 250,
     "transitions": 300_000,
 }
+LAPTOP_OF = {"scene": {"critic_start": -635.0, "offline_steps": 10_000}}  # mean reward / (1 − γ)
 
 
 # the numbers that `check` takes, where not all from 0 to 10⁹
@@ -733,7 +734,9 @@ def presets(domain: str, scale: str) -> dict:
     if "humanoid" in domain:
         like = "humanoidmaze-large"
     settings = dict(zip(header[1:], table.get(domain, table[like]), strict=True))
-    return settings | LAPTOP if scale == "laptop" else settings
+    if scale == "laptop":
+        return settings | LAPTOP | LAPTOP_OF.get(domain, {})
+    return settings
 
 
 def resolve(cfg: Config) -> Config:

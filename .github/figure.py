@@ -3,8 +3,8 @@
     pip install matplotlib
     python .github/figure.py RUN …    writes .github/learning.png
 
-TRQAM and fixed λ in colours of their own; a thin line is a run, the thick one the mean of those of
-a colour, at the steps that all of them have.
+A row per domain; TRQAM and fixed λ in colours of their own; a thin line is a run, the thick one the
+mean of those of a colour, at the steps that all of them have.
 """
 
 import csv
@@ -30,13 +30,14 @@ def curve(folder: Path, table: str, name: str) -> dict:
     return {step: float(row[name]) for step, row in zip(steps, rows, strict=True) if step >= 0}
 
 
-def main(folders: list[Path]) -> None:
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 11})
-    figure, axes = plt.subplots(1, 3, figsize=(14.4, 3.8), layout="constrained")
-    episodes = [f"{n:g}" for n in curve(folders[0], "eval.csv", "episodes").values()]
-    success = f"success, % of {episodes[len(episodes) // 2]} episodes ({episodes[-1]} at the ends)"
+def domain_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["env"].split("-play")[0]
+
+
+def draw(axes, folders: list[Path]) -> None:
+    """The curves of a domain's runs."""
     panels = [
-        ("eval.csv", "success", success, 100),
+        ("eval.csv", "success", "success, %", 100),
         ("train.csv", "path_kl", "path KL, nats per action (budget dashed)", 1),
         ("train.csv", "lam", "trust-region parameter λ", 1),
     ]
@@ -52,7 +53,7 @@ def main(folders: list[Path]) -> None:
             mean = [factor * sum(points[step] for points in curves) / len(own) for step in common]
             label = f"{method}, mean of {len(own)}"
             ax.plot(common, mean, color=color, linewidth=2.2, label=label)
-        ax.set(title=title, xlabel="updates, thousands")
+        ax.set_title(f"{domain_of(folders[0])}: {title}", fontsize=11)
     budget = curve(folders[0], "train.csv", "kl_budget")
     axes[0].set_ylim(0, 104)
     axes[1].plot(list(budget), list(budget.values()), "k--", linewidth=1.2)
@@ -61,7 +62,18 @@ def main(folders: list[Path]) -> None:
     axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[2].yaxis.set_major_formatter("{x:g}")
     axes[2].yaxis.set_minor_formatter("")
-    axes[0].legend(frameon=False, loc="lower right")
+
+
+def main(folders: list[Path]) -> None:
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 11})
+    domains = list(dict.fromkeys(map(domain_of, folders)))
+    size = (14.4, 3 * len(domains))
+    figure, axes = plt.subplots(len(domains), 3, figsize=size, layout="constrained", squeeze=False)
+    for row, domain in zip(axes, domains, strict=True):
+        draw(row, [folder for folder in folders if domain_of(folder) == domain])
+    for ax in axes[-1]:
+        ax.set_xlabel("updates, thousands")
+    axes[0][0].legend(frameon=False, loc="lower right")
     figure.savefig(Path(__file__).with_name("learning.png"), dpi=100)
 
 
