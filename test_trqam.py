@@ -670,7 +670,7 @@ def call(flags="", code=0, prepare=lambda: None):
 def strike(moment, action):
     """Let the nth call of a function begin with an action."""
     name, nth = moment.split()
-    owner = next(x for x in (trqam.Agent, trqam, torch, Connection) if hasattr(x, name))
+    owner = next(x for x in (trqam.Agent, trqam, torch, Connection, np) if hasattr(x, name))
     function = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -950,6 +950,21 @@ def test_two_runs_on_one_empty_folder():
     assert len(first_actions) == 2
 
 
+def keyed(domain, key):
+    return {"keys": np.array([key])}
+
+
+def test_collected_episodes_are_all_others(monkeypatch):
+    """By --data-seed, those held out too."""
+    monkeypatch.setattr(trqam, "collect_episode", keyed)
+    keys = []
+    for seed in (0, 1):
+        trqam.collect(tiny(f"--transitions 40000 --data-seed {seed}"), Path("set.npz"))
+        for file in ("set.npz", "set-val.npz"):
+            keys += map(tuple, np.load(file)["keys"])
+    assert len(keys) == len(set(keys)) == 2 * (40 + 2)
+
+
 def kill_workers():
     for process in multiprocessing.active_children():
         process.kill()
@@ -972,7 +987,7 @@ def test_stopped_workers_leave_nothing(data):
         for name in ("collect_episode", "play_out"):  # every worker plays one, at once, and hangs
             setattr(trqam, name, lambda *_: None)
             strike(f"{name} 2", partial(time.sleep, 1000))
-        strike("recv 2", action)
+        strike("recv 3", action)
 
     runs = []
     for code, _, action in ENDS_OF_WORKERS:
@@ -983,7 +998,19 @@ def test_stopped_workers_leave_nothing(data):
     for run, (code, line, _) in zip(runs, ENDS_OF_WORKERS, strict=True):
         screen = finish(run, code, f"screen {code}")
         assert line in screen.splitlines()[-1] and "Traceback" not in screen
+        assert screen.count("\ntrqam.py: ") == bool(line), screen  # no worker says it again
     assert not list(Path().rglob("*scripted*.npz"))
+
+
+def test_collection_is_whole_or_not_there():
+    """Killed between its two files, it has left none in the folder of data."""
+
+    def prepare():
+        trqam.collect_episode = lambda *_: {"observations": np.zeros((1001, 28))}
+        strike("savez 2", partial(signal.raise_signal, signal.SIGKILL))
+
+    call("--data scripted --dataset-dir data", -9, prepare)
+    assert not list(Path("data").glob("*.npz"))
 
 
 class Host(http.server.SimpleHTTPRequestHandler):
