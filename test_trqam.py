@@ -634,6 +634,7 @@ def tiny(text=""):
 
 def child(flags, screen, prepare):
     """trqam.py, its output piped into a file."""
+    torch.set_num_threads(1)  # a forked process waits for ever for the threads of its parent
     os.setsid()
     sys.stdout = sys.stderr = open(screen, "w")  # noqa: SIM115
     os.dup2(sys.stderr.fileno(), 2)  # of spawned processes
