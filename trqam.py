@@ -1497,7 +1497,7 @@ def report_changes(saved: dict, cfg: Config) -> None:
     fixed = list(FIXED)
     if saved["progress"]["step"] > cfg.pretrain_steps + saved["config"]["offline_steps"]:
         fixed.append("offline_steps")  # that phase is over
-    for name, old in saved["config"].items():
+    for name, old in asdict(Config(**saved["config"])).items():
         new = getattr(cfg, name)
         if new == old or name in ("run_dir", "resume", "eval_only"):
             continue
