@@ -356,11 +356,13 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -834,43 +836,37 @@ def alone(lock_file: Path, wait: bool) -> Any:
         return lock.acquire()
 
 
-def work(function: Callable, jobs: Sequence, pipe: Any) -> None:
-    """A worker process. It ends with its parent, or where nobody reads its results any more."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+work: Any = None  # in a worker process: what it does with a job
+
+
+def end_with_parent() -> None:
+    """Of a worker process: however its parent ends, so does it."""
+    parent: Any = multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
+
+
+def begin_work(function: Callable) -> None:
+    """Of a worker process: it takes the function for its jobs, any if it is forked."""
+    global work
+    work = function
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    try:
-        for job in jobs:
-            pipe.send(function(job))
-    except BrokenPipeError:
-        pass
-    except OSError as error:
-        sys.exit(str(error))
 
 
-def by_workers(method: str, function: Callable, jobs: Sequence, n: int) -> Iterator:
-    """function(job) of each job, in turn, by n processes. Raises ChildProcessError."""
-    context: Any = multiprocessing.get_context(method)
-    workers = []
-    for k in range(n):
-        pipe, far_end = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(function, jobs[k::n], far_end), daemon=True)
-        worker.start()
-        far_end.close()
-        workers.append((worker, pipe))
-    for i in range(len(jobs)):
-        worker, pipe = workers[i % n]
-        try:
-            yield pipe.recv()
-        except (EOFError, OSError) as error:
-            worker.join()
-            raise ChildProcessError(
-                f"expected a result, got exit code {worker.exitcode} of its process; it says why "
-                "above, or was killed: if for memory, take fewer --workers"
-            ) from error
+def do(job: Any) -> Any:
+    """The result of a job, in a worker process."""
+    return work(job)
+
+
+def workers(n: int, function: Callable) -> ProcessPoolExecutor:
+    """Processes that `do` jobs by a function. Where one is killed, a result is a BrokenExecutor."""
+    method = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    return ProcessPoolExecutor(n, context, begin_work, (function,))
 
 
 @cache
@@ -922,13 +918,12 @@ def collect(cfg: Config, path: Path) -> None:
     keys = [(cfg.data_seed, i // n, i % n) for i in range(n + math.ceil(n / 20))]
     episodes = []
     bar = progress_bar("collect", len(keys))
-    function = partial(collect_episode, domain_of(cfg.env))
-    method = "fork" if sys.platform == "linux" else "spawn"
-    for episode in by_workers(method, function, keys, cfg.workers):
-        episodes.append(episode)
-        bar.update()
-        if bar.n % 50 == 0:
-            say(str(bar))
+    with workers(cfg.workers, partial(collect_episode, domain_of(cfg.env))) as pool:
+        for episode in pool.map(do, keys):
+            episodes.append(episode)
+            bar.update()
+            if bar.n % 50 == 0:
+                say(str(bar))
     bar.close()
     held_out_path = path.with_name(f"{path.stem}-val.npz")
     for file, part in ((path, episodes[:n]), (held_out_path, episodes[n:])):
@@ -1040,12 +1035,9 @@ def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
     return sets
 
 
-env_of_reader = cache(make_env)  # one for all parts: of mazes each leaves a file open
-
-
 def read_part(env_id: str, paths: list, turn: int) -> dict:
     """The transitions of a dataset's part whose turn it is."""
-    data, _ = read_set(env_id, env_of_reader(env_id), paths[turn % len(paths)])
+    data, _ = read_set(env_id, make_env(env_id), paths[turn % len(paths)])
     return data
 
 
@@ -1057,7 +1049,7 @@ class ReplayBuffer:
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
-    def __init__(self, data: dict, cfg: Config, part_of: Callable | None = None):
+    def __init__(self, data: dict, cfg: Config, part_of: Any = None):
         self.part_of = part_of
         self.turn = -1
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
@@ -1083,12 +1075,19 @@ class ReplayBuffer:
         self.offline = len(data["rewards"])
         self.add(online)
 
+    def read_ahead(self, turn: int) -> None:
+        """Let a process read the part of a turn."""
+        reader = workers(1, self.part_of)
+        self.part = reader.submit(do, turn)
+        reader.shutdown(wait=False)  # as soon as it has read
+
     def turn_to(self, turn: int) -> None:
-        """Hold the part of this turn, while a process, started by the first, reads the next."""
+        """Hold the part of this turn, while the next is read. Raises OSError, BrokenExecutor."""
         if self.part_of and turn != self.turn:
             if self.turn == -1:
-                self.parts = by_workers("spawn", self.part_of, range(turn, 10**9), 1)
-            self.hold(next(self.parts))
+                self.read_ahead(turn)
+            self.hold(self.part.result())
+            self.read_ahead(turn + 1)
             self.turn = turn
 
     def add(self, data: dict) -> None:
@@ -1187,12 +1186,12 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
     Several workers play on the CPU, one on the agent's device; on the CPU an episode does not
-    depend on their number. Raises ChildProcessError.
+    depend on their number. Raises BrokenExecutor.
     """
-    workers = agent.cfg.workers
-    if workers > 1 and sys.platform == "linux":
-        function = partial(play_out, copy.deepcopy(agent).to("cpu"), env, stream)
-        results = list(by_workers("fork", function, range(episodes), workers))
+    if agent.cfg.workers > 1 and sys.platform == "linux":
+        player = copy.deepcopy(agent).to("cpu")
+        with workers(agent.cfg.workers, partial(play_out, player, env, stream)) as pool:
+            results = list(pool.map(do, range(episodes)))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
@@ -1578,6 +1577,9 @@ def main() -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"trqam.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileExistsError)) else 1
+    except BrokenExecutor as error:
+        print(f"trqam.py: error: {error} If for memory: fewer --workers", file=sys.stderr)
+        return 1
     return 0
 
 
