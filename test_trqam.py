@@ -1168,8 +1168,8 @@ def test_updates_have_rates_and_random_numbers_of_the_run(updates):
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Three sets of other lengths, whose observations are 10, 11 and 12, each for two steps."""
-    monkeypatch.setattr(trqam, "PART_STEPS", 2)
+    """Three sets of other lengths, whose observations are 10, 11 and 12, each for five steps."""
+    monkeypatch.setattr(trqam, "PART_STEPS", 5)
     for i in range(3):
         observations = np.full((51 * (i + 1), 28), 10 + i)
         write_dataset("data", f"cube-single-play-v0-00{i}", i + 1, observations=observations)
@@ -1181,7 +1181,7 @@ def test_parts_of_a_dataset_are_taken_in_turn(parts, updates):
     trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
     seen = [set(obs.flatten().tolist()) for _, obs, *_ in updates]
     of_parts = [{x for x in values if x >= 10} for values in seen]
-    assert of_parts == [{10 + step // 2 % 3} for step in [*range(11), *range(23, 31)]]
+    assert of_parts == [{10 + step // 5 % 3} for step in [*range(11), *range(23, 31)]]
     assert min(set.union(*seen)) == 0
 
 
@@ -1225,7 +1225,7 @@ STOPS = {  # with 60 --save-minutes there are checkpoints after evaluations only
     " TERM save 2, KILL evaluate 2, INT update 9, KILL write_csv 5, KILL save 2",
     "--save-minutes 0": "KILL save 5, TERM pretrain_update 13, INT evaluate 1, KILL update 12,"
     " KILL save 1, TERM update 30",
-    "--dataset-dir data": "KILL update 40",  # turn 40: not the first part's
+    "--dataset-dir data": "KILL update 40",  # in turn 16: not the first part's
 }
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -120,7 +122,21 @@ def test_flow_of_the_authors_acts_as_by_hand(norm, protocol, nested, capsys):
     assert torch.equal(trqam.load_agent("flow.pt").policy(*inputs), agent.base(*inputs))
 
 
-def test_flow_of_the_authors_is_fine_tuned():
+@pytest.fixture
+def from_authors_ends(monkeypatch):
+    """How the script ends; in this process, which has imported what it needs."""
+
+    def ends(*args):
+        monkeypatch.setattr(signal, "signal", MagicMock())
+        monkeypatch.setattr(sys, "argv", ["from_authors.py", *args])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(FOLDER / "from_authors.py"), run_name="__main__")
+        return end.value.code
+
+    return ends
+
+
+def test_flow_of_the_authors_is_fine_tuned(from_authors_ends, capsys):
     """By one command, whose flags are those of trqam.py."""
     params = {"modules_actor_slow": authors_flow(False)}
     Path("params.pkl").write_bytes(pickle.dumps({"agent": {"network": {"params": params}}}))
@@ -130,16 +146,16 @@ def test_flow_of_the_authors_is_fine_tuned():
         np.savez(name, **arrays, terminals=np.arange(1001) == 1000)
     flags = "--env cube-single --scale laptop --device cpu --dataset-dir . --offline-steps 2"
     flags += " --critics 2 --eval-episodes 1 --final-episodes 1 --run-dir run"
-    shown = script("from_authors", "params.pkl", "flow.pt", *flags.split())
-    assert re.search(r"(?m)^offline +2/2 ", shown)
+    assert from_authors_ends("params.pkl", "flow.pt", *flags.split()) == 0
+    assert re.search(r"(?m)^offline +2/2 ", capsys.readouterr().out)
     base = trqam.load_agent("flow.pt").base
     before, after = (x.parameters() for x in (base, trqam.load_agent("run/checkpoint.pt").base))
     distance = max((x - y).abs().max() for x, y in zip(before, after, strict=True))
     assert 0 < distance < 0.01
 
 
-def test_missing_pickle_is_told():
-    assert "No such file" in script("from_authors", "none.pkl", "flow.pt", code=1)
+def test_missing_pickle_is_told(from_authors_ends):
+    assert "No such file" in from_authors_ends("none.pkl", "flow.pt")
 
 
 # ======================================================================================== report
