@@ -31,9 +31,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -446,10 +446,10 @@ PAPERS_FLAGS = """
 """
 LAPTOPS_FLAGS = """
 --width 256 --flow-steps 5 --batch 128 --lr 6e-4 --tau 0.01 --kl-budget 0.5 --pretrain-lr 1e-3
---pretrain-decay --pretrain-steps 30000 --offline-steps 8000 --eval-interval 2000
+--pretrain-decay --pretrain-steps 30000 --offline-steps 10000 --eval-interval 2000
 --eval-episodes 10 --log-interval 250 --transitions 300000
 """
-LAPTOPS_FLAGS_OF = {"scene": "--critic-start -635 --offline-steps 10000"}
+LAPTOPS_FLAGS_OF = {"scene": "--critic-start -635"}
 
 
 def configure(flags):
@@ -671,7 +671,7 @@ def call(flags="", code=0, prepare=lambda: None):
 def strike(moment, action):
     """Let the nth call of a function begin with an action."""
     name, nth = moment.split()
-    owner = next(x for x in (trqam.Agent, trqam, torch, Future, np) if hasattr(x, name))
+    owner = next(x for x in (trqam.Agent, trqam, torch, Connection, np) if hasattr(x, name))
     function = getattr(owner, name)
     calls = itertools.count(1)
 
@@ -975,7 +975,7 @@ ENDS_OF_WORKERS = [
     (-9, "", partial(signal.raise_signal, signal.SIGKILL)),
     (143, "stopped; the", partial(signal.raise_signal, signal.SIGTERM)),
     (130, "stopped; the", partial(os.killpg, 0, signal.SIGINT)),
-    (1, "fewer --workers", kill_workers),
+    (1, "exit code -9 of its process", kill_workers),
 ]
 
 
@@ -988,7 +988,7 @@ def test_stopped_workers_leave_nothing(data):
         for name in ("collect_episode", "play_out"):  # every worker plays one, at once, and hangs
             setattr(trqam, name, lambda *_: None)
             strike(f"{name} 2", partial(time.sleep, 1000))
-        strike("result 2", action)
+        strike("recv 3", action)
 
     runs = []
     for code, _, action in ENDS_OF_WORKERS:
@@ -1203,12 +1203,13 @@ def test_parts_belong_to_the_data_of_a_run(parts):
 
 
 def test_damaged_parts_are_told(parts):
-    """By the run, which ends with its last checkpoint."""
+    """By the process that reads ahead; the run ends with its last checkpoint."""
     os.truncate("data/cube-single-play-v0-001.npz", 5000)
     screen = call("--dataset-dir data", 1)
-    assert "error: expected a dataset, got a damaged data/cube-single-play-v0-001.npz" in screen
+    assert "got a damaged data/cube-single-play-v0-001.npz" in screen
+    assert "error: expected a result, got exit code 1 of its process; it says why" in screen
     assert "Traceback" not in screen
-    assert checkpoint_of(RUN)["progress"]["step"] == 2
+    assert checkpoint_of(RUN)["progress"]["step"] == 5
 
 
 def test_checkpoints_come_every_few_minutes(updates, monkeypatch):

@@ -69,7 +69,7 @@ def velocity(name: str, v: Velocity, x: Tensor, t: Tensor) -> Tensor:
 
 
 def pull_back(name: str, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """(∂out/∂x)ᵀ weight; that `out` has no gradient to x is an error, not a zero: ValueError."""
+    """(∂out/∂x)ᵀ weight. Raises ValueError where `out` does not depend on x, instead of a zero."""
     if out.requires_grad:
         (gradient,) = torch.autograd.grad(out, x, weight, allow_unused=True)
         if gradient is not None:
@@ -118,8 +118,8 @@ def sample_flow(v: Velocity, x_0: Tensor, K: int, box: Box = (-1, 1)) -> Tensor:
 def td_target(rewards: Tensor, masks: Tensor, q_next: Tensor, gamma_H: float, rho: float) -> Tensor:
     """y = Σ_i γ^i r_i + γ^H m (mean_E Q' − ρ std_E Q'), with the population std; (B,).
 
-    rewards (B,) are the sums over the chunk, masks (B,) 0 where the task was solved in it,
-    q_next (E, B) the target critic after it, gamma_H γ^H.
+    rewards (B,) are the discounted sums over the chunk, masks (B,) 0 where the task was solved in
+    it, q_next (E, B) the target critic after it, gamma_H γ^H.
     """
     pessimistic = q_next.mean(0) - rho * q_next.std(0, correction=0)
     return rewards + gamma_H * masks * pessimistic
@@ -136,7 +136,8 @@ def simulate_sde(
     The drift is b + σu, b = 2 v_base − X/τ and σu = 2 (v_ft − v_base). The last step of the
     training chain is the noise-free X_K = X_{K−1} + h v_base (authors' code). With `exact` every
     step is controlled and noisy: for that chain Theorem 1 has no discretisation error.
-    x_0 (B, …), noise (K, B, …) standard normal -> X_0 … X_K (K + 1, B, …), without gradient.
+    x_0 (B, …), noise (K, B, …) standard normal, of which the training chain leaves the last unused
+    -> X_0 … X_K (K + 1, B, …), without gradient.
     """
     K = len(noise)
     check_shape("noise", noise, K, *x_0.shape)
@@ -154,7 +155,7 @@ def simulate_sde(
 
 
 def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor, box: Box = (-1, 1)) -> Tensor:
-    """∇_x mean_E Q(clip(x)), none outside the box; q maps (B, …) to (E, B); (B, …)."""
+    """∇_x mean_E Q(clip(x)), 0 for what is outside the box; q maps (B, …) to (E, B); (B, …)."""
     with torch.enable_grad():
         x = x_1.detach().requires_grad_()
         values = q(clip(x, box))
@@ -317,7 +318,7 @@ def first_aid(
     for name, v in {"v_base": v_base, "v_fine": v_fine}.items():
         out = v(x, times)
         if not same(out, v(x, times)):
-            raise ValueError(f"expected {name} to repeat itself: put it into eval(), for dropout")
+            raise ValueError(f"expected {name} to repeat itself, got dropout (use eval()) or NaN")
         if not same(out, torch.stack([v(x[k], times[k]) for k in range(2)])):
             raise ValueError(f"expected {name}(x, t)[k] to be {name}(x[k], t[k]): use `adapt`")
 
@@ -356,13 +357,11 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -689,7 +688,7 @@ cube-double             5   512           false 0.995 0.5       1.0
 cube-triple             5  1024            true 0.995 0.5       0.5
 cube-quadruple          5  1024            true 0.995 0.5       1.0
 """
-LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
+LAPTOP = {  # what two idle cores finish in half an hour, data included
     "width": 256,
     "flow_steps": 5,
     "batch": 128,
@@ -699,13 +698,13 @@ LAPTOP = {  # what two idle cores finish in 20 to 30 minutes, data included
     "pretrain_lr": 1e-3,
     "pretrain_decay": True,
     "pretrain_steps": 30_000,
-    "offline_steps": 8_000,
+    "offline_steps": 10_000,
     "eval_interval": 2_000,
     "eval_episodes": 10,
     "log_interval": 250,
     "transitions": 300_000,
 }
-LAPTOP_OF = {"scene": {"critic_start": -635.0, "offline_steps": 10_000}}  # mean reward / (1 − γ)
+LAPTOP_OF = {"scene": {"critic_start": -635.0}}  # mean reward / (1 − γ)
 
 
 # the numbers that `check` takes, where not all from 0 to 10⁹
@@ -731,7 +730,7 @@ def domain_of(env: str) -> str:
 def presets(domain: str, scale: str) -> dict:
     """Settings of a domain at a scale; a domain that is not in the paper takes a similar one's."""
     header, *rows = map(str.split, PAPER.strip().splitlines())
-    table = {name: map(json.loads, values) for name, *values in rows}
+    table = {name: [json.loads(x) for x in values] for name, *values in rows}
     like = "antmaze-large" if domain in MAZES else "cube-double"
     if "humanoid" in domain:
         like = "humanoidmaze-large"
@@ -836,37 +835,47 @@ def alone(lock_file: Path, wait: bool) -> Any:
         return lock.acquire()
 
 
-work: Any = None  # in a worker process: what it does with a job
-
-
-def end_with_parent() -> None:
-    """Of a worker process: however its parent ends, so does it."""
-    parent: Any = multiprocessing.parent_process()
-    parent.join()
-    os._exit(1)
-
-
-def begin_work(function: Callable) -> None:
-    """Of a worker process: it takes the function for its jobs, any if it is forked."""
-    global work
-    work = function
+def work(function: Callable, jobs: Sequence, pipe: Any) -> None:
+    """A worker process. It ends with its parent, or where nobody reads its results any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    try:
+        for job in jobs:
+            pipe.send(function(job))
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        sys.exit(str(error))
 
 
-def do(job: Any) -> Any:
-    """The result of a job, in a worker process."""
-    return work(job)
+def by_workers(function: Callable, jobs: Sequence, n: int) -> Iterator:
+    """function(job) of each job, in turn, by n processes. Raises ChildProcessError.
 
-
-def workers(n: int, function: Callable) -> ProcessPoolExecutor:
-    """Processes that `do` jobs by a function. Where one is killed, a result is a BrokenExecutor."""
+    Forked, as on Linux, they have the function as it is; else it is pickled.
+    """
     method = "fork" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
-    return ProcessPoolExecutor(n, context, begin_work, (function,))
+    context: Any = multiprocessing.get_context(method)
+    workers = []
+    for k in range(n):
+        pipe, far_end = context.Pipe(duplex=False)
+        worker = context.Process(target=work, args=(function, jobs[k::n], far_end), daemon=True)
+        worker.start()
+        far_end.close()
+        workers.append((worker, pipe))
+    for i in range(len(jobs)):
+        worker, pipe = workers[i % n]
+        try:
+            yield pipe.recv()
+        except (EOFError, OSError) as error:
+            worker.join()
+            raise ChildProcessError(
+                f"expected a result, got exit code {worker.exitcode} of its process; it says why "
+                "above, or was killed: if for memory, take fewer --workers"
+            ) from error
 
 
 @cache
@@ -915,15 +924,16 @@ def collect(cfg: Config, path: Path) -> None:
     """Collect a dataset and a held-out one (5 %) with OGBench's scripted oracles."""
     say(f"collecting {path.name} by {cfg.workers} workers")
     n = math.ceil(cfg.transitions / 1000)
+    # of an episode: seed, 0 for the data and 1 for those held out, number
     keys = [(cfg.data_seed, i // n, i % n) for i in range(n + math.ceil(n / 20))]
     episodes = []
     bar = progress_bar("collect", len(keys))
-    with workers(cfg.workers, partial(collect_episode, domain_of(cfg.env))) as pool:
-        for episode in pool.map(do, keys):
-            episodes.append(episode)
-            bar.update()
-            if bar.n % 50 == 0:
-                say(str(bar))
+    function = partial(collect_episode, domain_of(cfg.env))
+    for episode in by_workers(function, keys, cfg.workers):
+        episodes.append(episode)
+        bar.update()
+        if bar.n % 50 == 0:
+            say(str(bar))
     bar.close()
     held_out_path = path.with_name(f"{path.stem}-val.npz")
     for file, part in ((path, episodes[:n]), (held_out_path, episodes[n:])):
@@ -961,7 +971,7 @@ def download(name: str, folder: Path, hosts: list) -> None:
 def prepare_data(cfg: Config) -> list[Path]:
     """The dataset's file, downloaded or collected where it is not there yet, or all its parts.
 
-    A part of a file is never taken for a dataset: files are made in a folder apart. Raises
+    An unfinished file is never taken for a dataset: files are made in a folder apart. Raises
     ValueError where such data can't be collected, OSError where they can't be had.
     """
     domain = domain_of(cfg.env)
@@ -1009,7 +1019,7 @@ def make_env(env: str, **options: Any) -> gymnasium.Env:
 
 
 def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
-    """Raise OSError unless arrays are finite, of the environment's shapes, and actions in ±1."""
+    """Raise OSError unless observations are finite, actions in ±1, both of the right shapes."""
     observations = data["observations"]
     actions = data["actions"]
     shapes = env.observation_space.shape, env.action_space.shape
@@ -1035,9 +1045,12 @@ def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
     return sets
 
 
+env_of_reader = cache(make_env)  # one for all parts: of mazes each leaves a file open
+
+
 def read_part(env_id: str, paths: list, turn: int) -> dict:
     """The transitions of a dataset's part whose turn it is."""
-    data, _ = read_set(env_id, make_env(env_id), paths[turn % len(paths)])
+    data, _ = read_set(env_id, env_of_reader(env_id), paths[turn % len(paths)])
     return data
 
 
@@ -1049,14 +1062,18 @@ class ReplayBuffer:
 
     KEYS = ("observations", "next_observations", "actions", "rewards", "masks", "terminals")
 
-    def __init__(self, data: dict, cfg: Config, part_of: Any = None):
+    def __init__(self, data: dict, cfg: Config, part_of: Callable | None = None):
         self.part_of = part_of
         self.turn = -1
         self.offsets = torch.arange(cfg.chunk, device=cfg.device)
         self.discounts = cfg.gamma**self.offsets
         room = len(data["rewards"]) + cfg.online_steps
-        self.arrays = {k: self.discounts.new_empty(room, *data[k].shape[1:]) for k in self.KEYS}
-        self.offline = room  # from where on transitions are online ones: so far there are none
+        self.arrays = {}
+        for name in self.KEYS:
+            shape = data[name].shape[1:]
+            reserved = torch.empty(room, *shape, device=cfg.device)
+            self.arrays[name] = reserved.resize_(0, *shape)  # its memory stays
+        self.offline = 0  # from here on transitions are online ones
         self.hold(data)
         if len(self.starts) == 0:
             raise ValueError(f"expected a chunk of {cfg.chunk} actions in the data, got none")
@@ -1070,24 +1087,17 @@ class ReplayBuffer:
         online = self.online()
         for array in self.arrays.values():
             array.resize_(0, *array.shape[1:])  # its memory stays
-        self.starts = self.offsets[:0]
+        self.starts = self.offsets[:0]  # none
         self.add(data)
         self.offline = len(data["rewards"])
         self.add(online)
 
-    def read_ahead(self, turn: int) -> None:
-        """Let a process read the part of a turn."""
-        reader = workers(1, self.part_of)
-        self.part = reader.submit(do, turn)
-        reader.shutdown(wait=False)  # as soon as it has read
-
     def turn_to(self, turn: int) -> None:
-        """Hold the part of this turn, while the next is read. Raises OSError, BrokenExecutor."""
+        """Hold the part of this turn, while a process, started by the first, reads the next."""
         if self.part_of and turn != self.turn:
             if self.turn == -1:
-                self.read_ahead(turn)
-            self.hold(self.part.result())
-            self.read_ahead(turn + 1)
+                self.parts = by_workers(self.part_of, range(turn, 10**9), 1)
+            self.hold(next(self.parts))
             self.turn = turn
 
     def add(self, data: dict) -> None:
@@ -1098,8 +1108,8 @@ class ReplayBuffer:
             array.resize_(first + len(new), *new.shape[1:])  # no copy as long as there is room
             array[first:] = new
         H = len(self.offsets)
-        ended = F.pad(self.arrays["terminals"][first:].cumsum(0), (1, 0))  # episodes before a step
-        whole = ended[H - 1 : -1] == ended[:-H]  # no episode ended before the last of H steps
+        ended = F.pad(self.arrays["terminals"][first:].cumsum(0), (1, 0))  # episodes, before step s
+        whole = ended[H - 1 : -1] == ended[:-H]  # as many before s + H − 1: a chunk may begin at s
         self.starts = torch.cat([self.starts, first + whole.nonzero().squeeze(-1)])
 
     def sample(self, B: int, generator: torch.Generator) -> dict:
@@ -1186,12 +1196,12 @@ def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> di
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
     Several workers play on the CPU, one on the agent's device; on the CPU an episode does not
-    depend on their number. Raises BrokenExecutor.
+    depend on their number. Raises ChildProcessError.
     """
-    if agent.cfg.workers > 1 and sys.platform == "linux":
-        player = copy.deepcopy(agent).to("cpu")
-        with workers(agent.cfg.workers, partial(play_out, player, env, stream)) as pool:
-            results = list(pool.map(do, range(episodes)))
+    workers = agent.cfg.workers
+    if workers > 1 and sys.platform == "linux":
+        function = partial(play_out, copy.deepcopy(agent).to("cpu"), env, stream)
+        results = list(by_workers(function, range(episodes), workers))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
@@ -1232,7 +1242,7 @@ class Progress:
         """Count an update and its metrics."""
         self.updates += 1
         for name, value in metrics.items():
-            self.sums[name] = value + self.sums.get(name, 0)
+            self.sums[name] = value + self.sums.get(name, 0)  # a graph overwrites its metrics
 
     def average(self) -> dict:
         """Means since the last row. Raises FloatingPointError if one is not finite."""
@@ -1373,8 +1383,9 @@ def start_from(agent: Agent, path: str) -> None:
 
 def learning_rate(cfg: Config, step: int) -> float:
     """Of the pretraining update after `step` others."""
-    angle = math.pi * step / cfg.pretrain_steps if cfg.pretrain_decay else 0
-    return cfg.pretrain_lr * (1 + math.cos(angle)) / 2
+    if not cfg.pretrain_decay:
+        return cfg.pretrain_lr
+    return cfg.pretrain_lr * (1 + math.cos(math.pi * step / cfg.pretrain_steps)) / 2
 
 
 def phase_of(step: int, ends: dict) -> str:
@@ -1409,10 +1420,10 @@ def train(cfg: Config) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     env, buffer, held_out_buffer, facts = load_data(cfg)
     say("data: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-    cfg = replace(cfg, data=facts["source"], resume=False)
+    cfg = replace(cfg, data=facts["source"], resume=False)  # as the checkpoint shall tell them
     agent = Agent(cfg, *env.observation_space.shape, *env.action_space.shape)
     fixed = torch.Generator(cfg.device).manual_seed(0)
-    held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # never change
+    held_out = (held_out_buffer.sample(8192, fixed), agent.draw_noise(8192, fixed))  # one for all
     generator = torch.Generator(cfg.device).manual_seed(cfg.seed)  # of batches and updates
     progress = Progress()
     if cfg.checkpoint.exists():
@@ -1429,7 +1440,7 @@ def train(cfg: Config) -> None:
     update = CapturedUpdate(agent) if agent.dual.is_cuda else agent.update
     online = explore(agent, buffer, progress)
     whole = True  # no online episode is under way, which a checkpoint would lose
-    save_time = 0.0  # from when on the next one is due
+    save_time = 0.0  # from when on a checkpoint is due: now
     began = time.time() - progress.seconds
     bar = progress_bar("", 0)
     while True:
@@ -1513,7 +1524,7 @@ def parse(args: list[str]) -> Config:
     Raises ValueError, FileExistsError, OSError; SystemExit where tyro finds the call wrong.
     """
     no_help = [arg for arg in args if arg not in ("-h", "--help")]
-    cfg = resolve(tyro.cli(Config, args=no_help))
+    cfg = resolve(tyro.cli(Config, args=no_help))  # only for what the defaults depend on
     saved = None
     if cfg.eval_only or (cfg.resume and cfg.checkpoint.exists()):
         saved = load_checkpoint(cfg.checkpoint)
@@ -1577,9 +1588,6 @@ def main() -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"trqam.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileExistsError)) else 1
-    except BrokenExecutor as error:
-        print(f"trqam.py: error: {error} If for memory: fewer --workers", file=sys.stderr)
-        return 1
     return 0
 
 
