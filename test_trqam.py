@@ -1268,6 +1268,34 @@ def test_resume_takes_the_settings_of_the_run(finished, capsys):
         assert sorted(told) == ["eval_interval 33 -> 9", "kl_budget 0.5 -> 2.0"]
 
 
+REFUSED = """
+--width 17              width 16, got 17
+--layers 3              layers 2, got 3
+--critics 3             critics 2, got 3
+--critic-start 3        critic_start 0.0, got 3.0
+--chunk 4               chunk 5, got 4
+--seed 3                seed 0, got 3
+--scale paper           scale laptop, got paper
+--env scene             env cube-.*, got scene-play-
+--flow-layer-norm       flow_layer_norm False, got
+--pretrained x          pretrained None, got x
+--frozen-base           frozen_base False, got True
+--pretrain-steps 9      pretrain_steps 20, got 9
+--data scripted         data ogbench, got scripted
+--data-seed 1           data_seed 0, got 1
+--transitions 9         transitions 300000, got 9
+--offline-steps 9       offline_steps 20, got 9
+--online-steps 9        online_steps 60, got 9
+"""
+
+
+@pytest.mark.parametrize("row", REFUSED.strip().splitlines())
+def test_resume_refuses_what_a_run_can_not_take(row, finished):
+    flags, text = re.split("  +", row)
+    with pytest.raises(ValueError, match=f"expected the run's own {text}"):
+        configure(f"--run-dir {finished} --resume {flags}")
+
+
 def test_runs_go_on_on_another_device(finished):
     """Which has other random numbers."""
     path = RUN / "checkpoint.pt"
@@ -1414,23 +1442,7 @@ MISTAKES = r"""
 2  --chunk 60                               expected a chunk of 60 actions
 2  --run-dir {run}                          got one in {run}; --resume it
 2  --run-dir {run} --eval-only --width 17   expected the run's own width 16, got 17; leave it out
-2  --run-dir {run} --resume --width 17      expected the run's own width 16, got 17
-2  --run-dir {run} --resume --layers 3      expected the run's own layers 2, got 3
-2  --run-dir {run} --resume --critics 3     expected the run's own critics 2, got 3
-2  --run-dir {run} --resume --critic-start 3  expected the run's own critic_start 0.0, got 3.0
-2  --run-dir {run} --resume --chunk 4       expected the run's own chunk 5, got 4
-2  --run-dir {run} --resume --seed 3        expected the run's own seed 0, got 3
-2  --run-dir {run} --resume --scale paper   expected the run's own scale laptop, got paper
-2  --run-dir {run} --resume --env scene     expected the run's own env cube-.*, got scene-play-
-2  --run-dir {run} --resume --flow-layer-norm  expected the run's own flow_layer_norm False, got
-2  --run-dir {run} --resume --pretrained x  expected the run's own pretrained None, got x
-2  --run-dir {run} --resume --frozen-base   expected the run's own frozen_base False, got True
-2  --run-dir {run} --resume --pretrain-steps 9  expected the run's own pretrain_steps 20, got 9
-2  --run-dir {run} --resume --data scripted    expected the run's own data ogbench, got scripted
-2  --run-dir {run} --resume --data-seed 1   expected the run's own data_seed 0, got 1
-2  --run-dir {run} --resume --transitions 9  expected the run's own transitions 300000, got 9
-2  --run-dir {run} --resume --offline-steps 9  expected the run's own offline_steps 20, got 9
-2  --run-dir {run} --resume --online-steps 9  expected the run's own online_steps 60, got 9
+2  --run-dir {run} --resume --width 17      expected the run's own width 16, got 17; leave it
 2  --run-dir {run} --resume --dataset-dir {run}/other  expected the run's data, got other ones
 1  --eval-only                              No such file.*checkpoint.pt
 1  --run-dir {run}/screen/run               Not a directory
