@@ -1175,14 +1175,17 @@ def parts(monkeypatch):
         write_dataset("data", f"cube-single-play-v0-00{i}", i + 1, observations=observations)
 
 
-def test_parts_of_a_dataset_are_taken_in_turn(parts, updates):
-    """In all phases; online beside the episodes, of smaller observations."""
+def test_parts_of_a_dataset_are_taken_in_turn(parts, updates, monkeypatch):
+    """In all phases; online beside the episodes, of smaller observations. One process reads all."""
+    reader = MagicMock(wraps=trqam.by_workers)
+    monkeypatch.setattr(trqam, "by_workers", reader)
     text = "--dataset-dir data --pretrain-steps 5 --offline-steps 6 --batch 64"
     trqam.train(tiny(f"{text} --online-steps 20 --online-start 12"))
     seen = [set(obs.flatten().tolist()) for _, obs, *_ in updates]
     of_parts = [{x for x in values if x >= 10} for values in seen]
     assert of_parts == [{10 + step // 5 % 3} for step in [*range(11), *range(23, 31)]]
     assert min(set.union(*seen)) == 0
+    assert reader.call_count == 1
 
 
 def test_parts_belong_to_the_data_of_a_run(parts):
