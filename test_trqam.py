@@ -1288,6 +1288,7 @@ REFUSED = """
 --data-seed 1           data_seed 0, got 1
 --transitions 9         transitions 300000, got 9
 --offline-steps 9       offline_steps 20, got 9
+--offline-steps 30      offline_steps 20, got 30
 --online-steps 9        online_steps 60, got 9
 """
 
