@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -931,7 +932,7 @@ def test_two_runs_on_one_empty_folder():
 
     The data depend on no number of workers, held-out episodes are others, states fit observations.
     """
-    flags = "--data scripted --transitions 1000 --offline-steps 0 --dataset-dir data --run-dir"
+    flags = "--data scripted --transitions 999 --offline-steps 0 --dataset-dir data --run-dir"
     first = start(f"{flags} a", "screen a")
     second = start(f"{flags} b", "screen b")
     trqam.collect(replace(tiny(), transitions=1000, workers=2), Path("two.npz"))
@@ -964,6 +965,19 @@ def test_collected_episodes_are_all_others(monkeypatch):
         for file in ("set.npz", "set-val.npz"):
             keys += map(tuple, np.load(file)["keys"])
     assert len(keys) == len(set(keys)) == 2 * (40 + 2)
+
+
+def state_of_worker(_):
+    return torch.get_num_threads(), warnings.filters[0][0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there workers are not forked")
+def test_workers_take_a_thread_each_and_are_quiet():
+    """Whatever the run has, which is two threads here."""
+    torch.set_num_threads(2)
+    states = list(trqam.by_workers(state_of_worker, [0, 1], 2))
+    torch.set_num_threads(1)
+    assert states == 2 * [(1, "ignore")]
 
 
 def kill_workers():
