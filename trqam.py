@@ -688,7 +688,7 @@ cube-double             5   512           false 0.995 0.5       1.0
 cube-triple             5  1024            true 0.995 0.5       0.5
 cube-quadruple          5  1024            true 0.995 0.5       1.0
 """
-LAPTOP = {  # what two idle cores finish in 25 to 40 minutes, data included
+LAPTOP = {  # for two cores and less than an hour, data included
     "width": 256,
     "flow_steps": 5,
     "batch": 128,
