@@ -36,7 +36,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, PropertyMock
 
 import gymnasium
 import numpy as np
@@ -918,9 +918,11 @@ def test_episodes_are_collected_as_the_authors_did(domain, low, high, z, monkeyp
     states = np.full((2002, 21), 0.3)
     states[0, 16] = z
     env.step.side_effect = [(0, 0, 0, 0, info | {"prev_qpos": qpos}) for qpos in states]
-    oracles = {"x": MagicMock(done=False)}
-    monkeypatch.setattr(trqam, "oracles_of", {domain: (env, oracles)}.get)
-    trqam.collect_episode(domain, (0, 0, 7))
+    oracle = MagicMock()
+    type(oracle).done = PropertyMock(side_effect=itertools.cycle(8 * [False] + [True]))
+    monkeypatch.setattr(trqam, "oracles_of", {domain: (env, {"x": oracle})}.get)
+    episode = trqam.collect_episode(domain, (0, 0, 7))
+    assert episode["terminals"].nonzero()[0] == [1000]  # though a plan of 8 steps is done before
     seeds = [how["seed"] for _, how in env.reset.call_args_list]
     assert len(set(seeds)) == 1 + (domain == "scene")
     p_stack = np.random.RandomState(seeds[-1]).uniform(float(low), float(high))
@@ -956,15 +958,16 @@ def keyed(domain, key):
     return {"keys": np.array([key])}
 
 
-def test_collected_episodes_are_all_others(monkeypatch):
-    """By --data-seed, those held out too."""
+def test_collected_episodes_are_all_others(monkeypatch, capsys):
+    """By --data-seed, those held out too. Every fiftieth is told."""
     monkeypatch.setattr(trqam, "collect_episode", keyed)
     keys = []
-    for seed in (0, 1):
-        trqam.collect(tiny(f"--transitions 40000 --data-seed {seed}"), Path("set.npz"))
+    for seed, transitions, told in ((0, 46_000, 0), (1, 50_001, 1)):
+        trqam.collect(tiny(f"--transitions {transitions} --data-seed {seed}"), Path("set.npz"))
+        assert capsys.readouterr().out.count(" 50/") == told
         for file in ("set.npz", "set-val.npz"):
             keys += map(tuple, np.load(file)["keys"])
-    assert len(keys) == len(set(keys)) == 2 * (40 + 2)
+    assert len(keys) == len(set(keys)) == 46 + 3 + 51 + 3
 
 
 def state_of_worker(_):
