@@ -10,7 +10,7 @@ dual descent, holds the path-space KL to the pretrained policy at a budget.
 
     obs             s            (B, S)     observation
     x_0, x_t, x_1   x_0 x_τ x_1  (B, D)     noise, path point, action chunk (D = H·A, in [-1, 1])
-    t, h            τ, h = 1/K   (…, 1)     flow time (0 noise, 1 action) and step
+    t               τ            (…, 1)     flow time (0 noise, 1 action), its step h = 1/K
     v_base(x, t)    v_base       (B, D)     velocity of the pretrained flow (its Polyak average)
     v_fine(x, t)    v_ft         (B, D)     velocity of the fine-tuned flow
     path, adjoint   X_k, ã_k     (K+1, …)   the SDE's path, the lean adjoint along it
@@ -87,7 +87,7 @@ def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
     The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). Both
-    broadcast over x (B, …). K is the length of the path: a slice of it over k has other times.
+    broadcast over x (B, …). All functions take K from a path's length, so give them whole paths.
     """
     if K < 2:
         raise ValueError(f"expected K >= 2 flow steps, got {K}")
@@ -621,7 +621,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     dataset_url: str | None = None  # where <name>.npz is on the web; none: OGBench, then mirrors
     transitions: int = 1_000_000  # of a scripted set (cube, scene, puzzle), in episodes of 1000
     data_seed: int = 0  # seed of the collection; the number of workers does not matter
-    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each, and that evaluate
+    workers: int = min(CORES, 8)  # processes that collect, 0.8 GB each, and on Linux evaluate
 
     # networks -------------------------------------------------------------------------
 
@@ -661,7 +661,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     # evaluation and files -------------------------------------------------------------
 
-    eval_interval: int = 50_000  # updates between evaluations, after pretraining
+    eval_interval: int = 50_000  # steps between evaluations, after pretraining
     eval_episodes: int = 50  # episodes of such an evaluation
     final_episodes: int = 50  # episodes at the end of each phase, on seeds of their own
     log_interval: int = 1_000  # updates per row of train.csv, which holds their averages
@@ -1030,7 +1030,7 @@ def check_data(data: dict, env: gymnasium.Env, path: Path) -> None:
     largest = np.abs(observations).max().item(), np.abs(actions).max().item()
     if got != shapes or not np.isfinite(largest[0]) or not largest[1] < 1 + 1e-5:
         expected = f"finite observations and actions in [-1, 1] of shapes {shapes}"
-        raise OSError(f"expected {expected} in {path}, got {got}, at most {largest}")
+        raise OSError(f"expected {expected} in {path} and -val.npz, got {got}, at most {largest}")
 
 
 def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
@@ -1039,10 +1039,11 @@ def read_set(env_id: str, env: gymnasium.Env, path: Path) -> tuple:
         sets = ogbench.make_env_and_datasets(
             env_id, dataset_path=str(path), dataset_only=True, cur_env=env
         )
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise OSError(f"expected a dataset, got a damaged {path} ({error!r}); delete it") from error
+        text = f"expected a dataset, got a damaged {path} or its -val.npz ({error!r}); delete it"
+        raise OSError(text) from error
     for data in sets:
         check_data(data, env, path)
     return sets
@@ -1198,8 +1199,8 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
-    Several workers play on the CPU, one on the agent's device; on the CPU an episode does not
-    depend on their number. Raises ChildProcessError.
+    On Linux several workers play on the CPU; one, and others elsewhere, on the agent's device. On
+    the CPU an episode does not depend on their number. Raises ChildProcessError.
     """
     workers = agent.cfg.workers
     if workers > 1 and sys.platform == "linux":
@@ -1332,7 +1333,7 @@ def load_checkpoint(path: Path) -> dict:
         expected = f"a checkpoint of format {FORMAT}"
         raise OSError(
             f"expected {expected}, got a damaged, unsafe or old one ({repr(error)[:200]}); "
-            f"delete {path}, or train in another --run-dir"
+            f"if so, delete {path}, or train in another --run-dir"
         ) from error
     return saved
 
@@ -1496,7 +1497,7 @@ def train(cfg: Config) -> None:
     say(f"{run_dir}: {tqdm.format_interval(progress.seconds)} in all")
     for row in progress.eval:
         if row["final"]:
-            say(f"  {row['phase']:8s} {EVAL_LINE.format(**row)}")
+            say(f"  {row['phase']:8s} to step {row['step']}: {EVAL_LINE.format(**row)}")
 
 
 # =================================================================================== command line
@@ -1544,6 +1545,8 @@ def parse(args: list[str]) -> Config:
     elif cfg.checkpoint.exists():
         advice = "--resume it, or take another --run-dir"
         raise FileExistsError(f"expected a new run, got one in {cfg.run_dir}; {advice}")
+    elif cfg.resume:
+        say(f"no checkpoint in {cfg.run_dir} yet: a new run")
     return cfg
 
 
