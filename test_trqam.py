@@ -909,7 +909,7 @@ scene          0.5  0.5  0.56
 """
 
 
-@pytest.mark.parametrize("domain, low, high, z", map(str.split, STACKING.strip().splitlines()))
+@pytest.mark.parametrize("domain, low, high, z", [*map(str.split, STACKING.strip().splitlines())])
 def test_episodes_are_collected_as_the_authors_did(domain, low, high, z, monkeypatch):
     """The probability to stack; a scene is done again if its cube left the workspace for once."""
     info = {"privileged/target_task": "x"}
