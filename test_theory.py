@@ -2375,8 +2375,8 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(change):
         expected = agent.update(*moved(inputs, "cpu"))
         for update in updates:
             got = update(*moved(inputs, DEVICE))
-            for name, value in expected.items():  # Adam counts in float32 there
-                assert got[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-8), name
+            for name, value in expected.items():  # 1 − β₂^t of Adam is in float32 there
+                assert got[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
 
 
 # ------------------------------------------------------------------ the design
