@@ -450,7 +450,12 @@ LAPTOPS_FLAGS = """
 --pretrain-decay --pretrain-steps 30000 --offline-steps 10000 --eval-interval 2000
 --eval-episodes 10 --log-interval 250 --transitions 300000
 """
-LAPTOPS_FLAGS_OF = {"scene": "--critic-start -635"}
+LAPTOPS_FLAGS_OF = {
+    "cube-single": "--gamma 0.99 --offline-steps 8000",
+    "cube-double": "--critic-start -387",
+    "scene": "--critic-start -635",
+    "puzzle-3x3": "--critic-start -898",
+}
 
 
 def configure(flags):
