@@ -9,6 +9,7 @@ from __future__ import annotations  # `compile` takes it over
 
 import ast
 import builtins
+import contextlib
 import copy
 import csv
 import dis
@@ -357,6 +358,32 @@ def test_updates_write_in_place():
     before = places()
     agent.update(*golden_inputs(SMALL, 2))
     assert places() == before
+
+
+def test_captured_updates_take_new_batches(monkeypatch):
+    """With a stand-in for the CUDA graph: it updates again where a GPU replays its kernels."""
+    plain = golden_agent()
+    agent = golden_agent()
+
+    class Graph:
+        def replay(self):
+            for name, value in agent.update(*update.inputs).items():
+                update.metrics[name].copy_(value)
+
+    @contextlib.contextmanager
+    def recording(graph):
+        before = copy.deepcopy((agent.state_dict(), agent.optimizer.state_dict()))
+        yield
+        for part, state in zip((agent, agent.optimizer), before, strict=True):
+            part.load_state_dict(state)  # nothing has run yet
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", recording)
+    monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
+    update = trqam.CapturedUpdate(agent)
+    for s in range(6):
+        expected = plain.update(*golden_inputs(SMALL, s))
+        assert_close(update(*golden_inputs(SMALL, s)), expected, rtol=0, atol=0)
 
 
 @GPU
@@ -827,6 +854,13 @@ def test_evaluation_averages_the_episodes(workers):
     )
 
 
+def test_evaluation_forks_on_linux_alone(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(trqam, "by_workers", None)
+    agent = trqam.Agent(replace(SMALL, workers=2), 28, 5)
+    assert trqam.evaluate(agent, Corridor(), 7, trqam.FINAL)["mean_length"] == 7
+
+
 def test_every_episode_has_a_seed_of_its_own():
     """By stream, --seed and number."""
     keys = itertools.product(range(4), range(3), range(50))
@@ -964,15 +998,18 @@ def keyed(domain, key):
 
 
 def test_collected_episodes_are_all_others(monkeypatch, capsys):
-    """By --data-seed, those held out too. Every fiftieth is told."""
+    """By --data-seed, those held out too; a set begins with a smaller one's. Each 50th is told."""
     monkeypatch.setattr(trqam, "collect_episode", keyed)
-    keys = []
-    for seed, transitions, told in ((0, 46_000, 0), (1, 50_001, 1)):
+    sets = []
+    for seed, transitions, told in ((0, 46_000, 0), (0, 50_001, 1), (1, 50_001, 1)):
         trqam.collect(tiny(f"--transitions {transitions} --data-seed {seed}"), Path("set.npz"))
         assert capsys.readouterr().out.count(" 50/") == told
         for file in ("set.npz", "set-val.npz"):
-            keys += map(tuple, np.load(file)["keys"])
-    assert len(keys) == len(set(keys)) == 46 + 3 + 51 + 3
+            sets.append([*map(tuple, np.load(file)["keys"])])
+    small, _, *larger = sets
+    assert larger[0][:46] == small
+    assert list(map(len, larger)) == [51, 3, 51, 3]
+    assert len(set(itertools.chain(*larger))) == 51 + 3 + 51 + 3
 
 
 def state_of_worker(_):
@@ -1146,7 +1183,7 @@ def test_run_end_to_end(finished):
 def test_rows_are_averages():
     """Each of the updates since the last one."""
     progress = trqam.Progress()
-    for mean in (2, 3):
+    for mean in (2.5, 3.25):
         progress.add({"x": mean - 1})
         progress.add({"x": mean + 1})
         assert progress.average() == {"x": mean}
