@@ -3,7 +3,7 @@
     pip install matplotlib
     python .github/figure.py RUN …    writes .github/learning.png
 
-A row per domain; TRQAM and fixed λ in colours of their own; a thin line is a run, the thick one the
+A row per task; TRQAM and fixed λ in colours of their own; a thin line is a run, the thick one the
 mean of those of a colour, at the steps that all of them have.
 """
 
@@ -30,12 +30,14 @@ def curve(folder: Path, table: str, name: str) -> dict:
     return {step: float(row[name]) for step, row in zip(steps, rows, strict=True) if step >= 0}
 
 
-def domain_of(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["env"].split("-play")[0]
+def task_of(folder: Path) -> str:
+    """The domain, and the task if it is not OGBench's default of the domain."""
+    env = json.loads((folder / "config.json").read_text())["env"]
+    return env.removesuffix("-v0").replace("-play-singletask", "").replace("-task", ", task ")
 
 
 def draw(axes, folders: list[Path]) -> None:
-    """The curves of a domain's runs."""
+    """The curves of a task's runs."""
     panels = [
         ("eval.csv", "success", "success, %", 100),
         ("train.csv", "path_kl", "path KL, nats per action (budget dashed)", 1),
@@ -53,7 +55,7 @@ def draw(axes, folders: list[Path]) -> None:
             mean = [factor * sum(points[step] for points in curves) / len(own) for step in common]
             label = f"{method}, mean of {len(own)}"
             ax.plot(common, mean, color=color, linewidth=2.2, label=label)
-        ax.set_title(f"{domain_of(folders[0])}: {title}", fontsize=11)
+        ax.set_title(f"{task_of(folders[0])}: {title}", fontsize=11)
     budget = curve(folders[0], "train.csv", "kl_budget")
     axes[0].set_ylim(0, 104)
     axes[1].plot(list(budget), list(budget.values()), "k--", linewidth=1.2)
@@ -66,11 +68,11 @@ def draw(axes, folders: list[Path]) -> None:
 
 def main(folders: list[Path]) -> None:
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 11})
-    domains = list(dict.fromkeys(map(domain_of, folders)))
-    size = (14.4, 3 * len(domains))
-    figure, axes = plt.subplots(len(domains), 3, figsize=size, layout="constrained", squeeze=False)
-    for row, domain in zip(axes, domains, strict=True):
-        draw(row, [folder for folder in folders if domain_of(folder) == domain])
+    tasks = list(dict.fromkeys(map(task_of, folders)))
+    size = (14.4, 3 * len(tasks))
+    figure, axes = plt.subplots(len(tasks), 3, figsize=size, layout="constrained", squeeze=False)
+    for row, task in zip(axes, tasks, strict=True):
+        draw(row, [folder for folder in folders if task_of(folder) == task])
     for ax in axes[-1]:
         ax.set_xlabel("updates, thousands")
     axes[0][0].legend(frameon=False, loc="lower right")
