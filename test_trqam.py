@@ -1342,6 +1342,7 @@ REFUSED = """
 --flow-layer-norm       flow_layer_norm False, got
 --pretrained x          pretrained None, got x
 --frozen-base           frozen_base False, got True
+--fixed-lambda 1        fixed_lambda None, got 1.0
 --pretrain-steps 9      pretrain_steps 20, got 9
 --data scripted         data ogbench, got scripted
 --data-seed 1           data_seed 0, got 1

@@ -1505,7 +1505,8 @@ def train(cfg: Config) -> None:
 # =================================================================================== command line
 # what a run that goes on can't change
 FIXED = ["env", "scale", "seed", "data", "transitions", "data_seed", "pretrain_steps", "pretrained"]
-FIXED += ["width", "layers", "flow_layer_norm", "critics", "critic_start", "chunk", "frozen_base"]
+FIXED += ["width", "layers", "flow_layer_norm", "critics", "critic_start", "chunk"]
+FIXED += ["frozen_base", "fixed_lambda"]  # a run is of one method
 
 
 def report_changes(saved: dict, cfg: Config) -> None:
