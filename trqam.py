@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,8 +69,11 @@ def velocity(name: str, v: Velocity, x: Tensor, t: Tensor) -> Tensor:
     return out
 
 
-def pull_back(name: str, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """(∂out/∂x)ᵀ weight. Raises ValueError where `out` does not depend on x, instead of a zero."""
+def pull_back(name: str, f: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """(∂f/∂x)ᵀ weight at x. Raises ValueError where f does not depend on x, instead of a zero."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = f(x)
     if out.requires_grad:
         (gradient,) = torch.autograd.grad(out, x, weight, allow_unused=True)
         if gradient is not None:
@@ -156,12 +160,13 @@ def simulate_sde(
 
 def q_gradient(q: Callable[[Tensor], Tensor], x_1: Tensor, box: Box = (-1, 1)) -> Tensor:
     """∇_x mean_E Q(clip(x)), 0 for what is outside the box; q maps (B, …) to (E, B); (B, …)."""
-    with torch.enable_grad():
-        x = x_1.detach().requires_grad_()
+
+    def mean_q(x: Tensor) -> Tensor:
         values = q(clip(x, box))
         check_shape("each critic's q(x)", values[0], len(x))
-        value = values.mean(0)
-        return pull_back("q", value, x, torch.ones_like(value))
+        return values.mean(0)
+
+    return pull_back("q", mean_q, x_1, x_1.new_ones(len(x_1)))
 
 
 def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool = False) -> Tensor:
@@ -180,10 +185,8 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
         t_base = t[k] if exact else pole
-        with torch.enable_grad():
-            x = path[k].detach().requires_grad_()
-            v = velocity("v_base", v_base, x, t_base)
-            pulled_back = pull_back("v_base", v, x, adjoint[-1])
+        v = partial(velocity, "v_base", v_base, t=t_base)
+        pulled_back = pull_back("v_base", v, path[k], adjoint[-1])
         drift_gradient = 2 * pulled_back - adjoint[-1] / pole
         adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
@@ -364,7 +367,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
