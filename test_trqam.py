@@ -50,7 +50,7 @@ from torch.fx.experimental import _config as fx_config
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import trqam
 
@@ -343,6 +343,30 @@ def test_updates_are_those_of_the_equations(dual, kl_ema, **changes):
         assert_close(updated(agent, "update", *inputs), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_compiled_updates_are_the_eager_ones():
+    """To 1e-5 over 50 of them, and are traced once, but for `pull_back`, which never is."""
+    torch._dynamo.reset()
+    eager = golden_agent().float()
+    agent = golden_agent(compile=True).float()
+    update = trqam.fast_update(agent)
+    frames = torch._dynamo.utils.counters["frames"]
+    for s in range(50):
+        inputs = tree_map(torch.Tensor.float, golden_inputs(SMALL, s))
+        assert_close(update(*inputs), eager.update(*inputs), rtol=1e-5, atol=1e-5)
+        if s == 2:
+            traced = frames["total"]
+    assert traced > 0 and frames["total"] - traced <= 47 * (SMALL.flow_steps + 1)
+    assert_close(agent.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
+    """And one line says why."""
+    monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
+    agent = golden_agent(compile=True)
+    assert trqam.fast_update(agent) == agent.update
+    assert capsys.readouterr().out == "not compiled: no g++\n"
+
+
 # ======================================================================================== device
 
 
@@ -470,12 +494,12 @@ PAPERS_FLAGS = """
 --pretrain-steps 300000 --offline-steps 1000000 --online-steps 0 --online-start 5000
 --eval-interval 50000 --eval-episodes 50 --final-episodes 50 --log-interval 1000
 --transitions 1000000 --task None --fixed-lambda None --no-frozen-base --save-minutes 5 --seed 0
---data-seed 0 --data auto --dataset-dir ~/.ogbench/data --critic-start 0
+--data-seed 0 --data auto --dataset-dir ~/.ogbench/data --critic-start 0 --no-compile
 """
 LAPTOPS_FLAGS = """
 --width 256 --flow-steps 5 --batch 128 --lr 6e-4 --tau 0.01 --kl-budget 0.5 --pretrain-lr 1e-3
 --pretrain-decay --pretrain-steps 30000 --offline-steps 10000 --eval-interval 2000
---eval-episodes 10 --log-interval 250 --transitions 300000
+--eval-episodes 10 --log-interval 250 --transitions 300000 --compile
 """
 LAPTOPS_FLAGS_OF = {
     "cube-single": "--gamma 0.99 --offline-steps 8000",
@@ -617,7 +641,7 @@ SCRIPT = Path(trqam.__file__).resolve()
 RUN = Path("runs/cube-single-play/seed0")  # the folder of a run that is given none
 TINY = "--scale laptop --device cpu --width 16 --layers 2 --critics 2 --flow-steps 3 --batch 8"
 TINY += " --pretrain-steps 20 --offline-steps 20 --log-interval 5 --eval-interval 33"
-TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1"
+TINY += " --eval-episodes 1 --final-episodes 2 --save-minutes 0 --workers 1 --no-compile"
 ONLINE = "--online-steps 60 --online-start 25"
 
 
@@ -1318,6 +1342,24 @@ def test_resume_lengthens_a_run(finished):
     assert "offline_steps 0 -> 20" in call("--resume")
     assert "online_steps 0 -> 60" in call(f"--resume {ONLINE}")
     assert contents(RUN) == contents(finished)
+
+
+def test_compiled_runs_go_on_as_if_they_had_not_ended(monkeypatch):
+    """To the bit."""
+
+    def save_and_end(*args):
+        save_checkpoint(*args)
+        if args[4].step == 30:
+            raise KeyboardInterrupt
+
+    torch._dynamo.reset()
+    trqam.train(tiny("--compile --run-dir whole"))
+    save_checkpoint = trqam.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trqam, "save_checkpoint", save_and_end)
+        trqam.train(tiny("--compile"))
+    trqam.train(configure("--resume"))
+    assert contents(RUN) == contents("whole")
 
 
 def test_resume_takes_the_settings_of_the_run(finished, capsys):

@@ -595,6 +595,24 @@ class CapturedUpdate:
         return self.metrics
 
 
+def fast_update(agent: Agent) -> Callable:
+    """`Agent.update` as a CUDA graph, or on a CPU, where it is set, through torch.compile."""
+    global pull_back
+    if agent.dual.is_cuda:
+        return CapturedUpdate(agent)
+    if not agent.cfg.compile:
+        return agent.update
+    options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
+    try:
+        torch.compile(F.gelu, options=options)(agent.dual)
+    except Exception as error:  # torch raises many kinds
+        say(f"not compiled: {str(error).splitlines()[0]}")
+        return agent.update
+    agent.descend = torch.compiler.disable(agent.descend)  # Adam is not traced right
+    pull_back = torch.compiler.disable(pull_back, recursive=False)  # else traced anew on torch 2.15
+    return torch.compile(agent.update, options=options)
+
+
 # ======================================================================================= settings
 # OGBench's domains, by the single tasks that it registers
 DOMAINS = re.findall(r"^(?!visual-)(.+)-singletask-v0$", "\n".join(gymnasium.registry), re.M)
@@ -614,6 +632,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     run_dir: str | None = None  # folder of the run; none: runs/<env>/seed<n>
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
+    compile: bool = False  # TRQAM's update on a CPU through torch.compile, by a C++ compiler
 
     # data -----------------------------------------------------------------------------
 
@@ -706,6 +725,7 @@ LAPTOP = {  # for two cores and less than an hour, data included
     "eval_episodes": 10,
     "log_interval": 250,
     "transitions": 300_000,
+    "compile": True,
 }
 LAPTOP_OF = {  # critic_start: mean reward / (1 − γ)
     "cube-single": {"gamma": 0.99, "offline_steps": 8_000},
@@ -1446,7 +1466,7 @@ def train(cfg: Config) -> None:
     lengths = [cfg.pretrain_steps, cfg.offline_steps, cfg.online_steps]
     ends = dict(zip(LINES, itertools.accumulate(lengths), strict=True))
     evaluations = {*range(ends["pretrain"], ends["online"], cfg.eval_interval), *ends.values()}
-    update = CapturedUpdate(agent) if agent.dual.is_cuda else agent.update
+    update = fast_update(agent)
     online = explore(agent, buffer, progress)
     whole = True  # no online episode is under way, which a checkpoint would lose
     save_time = 0.0  # from when on a checkpoint is due: now
