@@ -145,7 +145,7 @@ def test_flow_of_the_authors_is_fine_tuned(from_authors_ends, capsys):
     for name in ("cube-single-play-v0", "cube-single-play-v0-val"):
         np.savez(name, **arrays, terminals=np.arange(1001) == 1000)
     flags = "--env cube-single --scale laptop --device cpu --dataset-dir . --offline-steps 2"
-    flags += " --critics 2 --eval-episodes 1 --final-episodes 1 --run-dir run"
+    flags += " --no-compile --critics 2 --eval-episodes 1 --final-episodes 1 --run-dir run"
     assert from_authors_ends("params.pkl", "flow.pt", *flags.split()) == 0
     assert re.search(r"(?m)^offline +2/2 ", capsys.readouterr().out)
     base = trqam.load_agent("flow.pt").base
