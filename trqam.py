@@ -600,15 +600,17 @@ def fast_update(agent: Agent) -> Callable:
     global pull_back
     if agent.dual.is_cuda:
         return CapturedUpdate(agent)
-    if not agent.cfg.compile:
+    if not agent.cfg.compile or agent.dual.device.type != "cpu":
         return agent.update
     options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
     try:
         torch.compile(F.gelu, options=options)(agent.dual)
     except Exception as error:  # torch raises many kinds
-        say(f"not compiled: {str(error).splitlines()[0]}")
+        say(f"not compiled, for want of a C++ compiler or torch 2.8: {error!r:.200}")
         return agent.update
-    agent.descend = torch.compiler.disable(agent.descend)  # Adam is not traced right
+    say("TRQAM's first update will be compiled, which takes a minute")
+    # a traced Adam is 3e-5 off
+    Agent.descend = torch.compiler.disable(Agent.descend)  # type: ignore[method-assign]
     pull_back = torch.compiler.disable(pull_back, recursive=False)  # else traced anew on torch 2.15
     return torch.compile(agent.update, options=options)
 
