@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -185,8 +184,9 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
         t_base = t[k] if exact else pole
-        v = partial(velocity, "v_base", v_base, t=t_base)
-        pulled_back = pull_back("v_base", v, path[k], adjoint[-1])
+        pulled_back = pull_back(
+            "v_base", lambda x, t=t_base: velocity("v_base", v_base, x, t), path[k], adjoint[-1]
+        )
         drift_gradient = 2 * pulled_back - adjoint[-1] / pole
         adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
@@ -367,7 +367,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
