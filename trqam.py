@@ -184,9 +184,11 @@ def lean_adjoint(v_base: Velocity, path: Tensor, terminal: Tensor, exact: bool =
     for k in reversed(range(K)):
         pole = t[k] + 1 / K
         t_base = t[k] if exact else pole
-        pulled_back = pull_back(
-            "v_base", lambda x, t=t_base: velocity("v_base", v_base, x, t), path[k], adjoint[-1]
-        )
+
+        def v(x: Tensor, t: Tensor = t_base) -> Tensor:
+            return velocity("v_base", v_base, x, t)
+
+        pulled_back = pull_back("v_base", v, path[k], adjoint[-1])
         drift_gradient = 2 * pulled_back - adjoint[-1] / pole
         adjoint.append(adjoint[-1] + drift_gradient / K)
     return torch.stack(adjoint[::-1])
