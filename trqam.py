@@ -597,26 +597,6 @@ class CapturedUpdate:
         return self.metrics
 
 
-def fast_update(agent: Agent) -> Callable:
-    """`Agent.update` as a CUDA graph, or on a CPU, where it is set, through torch.compile."""
-    global pull_back
-    if agent.dual.is_cuda:
-        return CapturedUpdate(agent)
-    if not agent.cfg.compile or agent.dual.device.type != "cpu":
-        return agent.update
-    options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
-    try:
-        torch.compile(F.gelu, options=options)(agent.dual)
-    except Exception as error:  # torch raises many kinds
-        say(f"not compiled, for want of a C++ compiler or torch 2.8: {error!r:.200}")
-        return agent.update
-    say("TRQAM's first update will be compiled, which takes a minute")
-    # a traced Adam is 3e-5 off
-    Agent.descend = torch.compiler.disable(Agent.descend)  # type: ignore[method-assign]
-    pull_back = torch.compiler.disable(pull_back, recursive=False)  # else traced anew on torch 2.15
-    return torch.compile(agent.update, options=options)
-
-
 # ======================================================================================= settings
 # OGBench's domains, by the single tasks that it registers
 DOMAINS = re.findall(r"^(?!visual-)(.+)-singletask-v0$", "\n".join(gymnasium.registry), re.M)
@@ -1440,6 +1420,26 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
                 buffer.add({name: np.stack([t[name] for t in transitions]) for name in buffer.KEYS})
                 progress.episodes += 1
             yield transition["terminals"]
+
+
+def fast_update(agent: Agent) -> Callable:
+    """`Agent.update` as a CUDA graph, or on a CPU, where it is set, through torch.compile."""
+    global pull_back
+    if agent.dual.is_cuda:
+        return CapturedUpdate(agent)
+    if not agent.cfg.compile or agent.dual.device.type != "cpu":
+        return agent.update
+    options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
+    try:
+        torch.compile(F.gelu, options=options)(agent.dual)
+    except Exception as error:  # torch raises many kinds
+        say(f"not compiled, for want of a C++ compiler or torch 2.8: {error!r:.200}")
+        return agent.update
+    say("TRQAM's first update will be compiled, which takes a minute")
+    # a traced Adam is 3e-5 off
+    Agent.descend = torch.compiler.disable(Agent.descend)  # type: ignore[method-assign]
+    pull_back = torch.compiler.disable(pull_back, recursive=False)  # else traced anew on torch 2.15
+    return torch.compile(agent.update, options=options)
 
 
 def train(cfg: Config) -> None:
