@@ -1115,6 +1115,15 @@ def test_scale_and_shift_symmetries(seed, D, K, lam, c, shift):
     close(kl_of_control(scaled_u, c * lam), trqam.path_kl(gap))
 
 
+def test_gradients_are_taken_within_no_grad():
+    """∇ Σ x² = 2x, where the caller records none, and its x stays as it is: exact."""
+    x = Draw(0).normal(3, 2).clamp(-0.9, 0.9)
+    with torch.no_grad():
+        gradient = trqam.q_gradient(lambda x: x.square().sum(-1)[None], x)
+    assert torch.equal(gradient, 2 * x)
+    assert not x.requires_grad and not gradient.requires_grad
+
+
 @forall(3, seed=seeds, D=dims, K=steps, lam=lams)
 def test_no_gradient_reaches_base_or_critic(seed, D, K, lam):
     """∂L/∂θ_base = ∂L/∂θ_critic = 0 (not even a graph), ∂L/∂θ_ft ≠ 0: exact."""

@@ -360,12 +360,15 @@ def test_compiled_updates_are_the_eager_ones():
 
 
 def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
-    """And one line says why."""
+    """And one line says why; so they do, without a line, where it is not set or not on a CPU."""
     monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
     agent = golden_agent(compile=True)
     assert trqam.fast_update(agent) == agent.update
     reason = "for want of a C++ compiler or torch 2.8: RuntimeError('no g++\\nand so on')"
     assert capsys.readouterr().out == f"not compiled, {reason}\n"
+    for other in (golden_agent(), agent.to("meta")):
+        assert trqam.fast_update(other) == other.update
+    assert capsys.readouterr().out == ""
 
 
 # ======================================================================================== device
