@@ -1357,7 +1357,10 @@ def test_compiled_runs_go_on_as_if_they_had_not_ended(monkeypatch):
             raise KeyboardInterrupt
 
     torch._dynamo.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    traced_before = frames["total"]
     trqam.train(tiny("--compile --run-dir whole"))
+    assert frames["total"] > traced_before
     save_checkpoint = trqam.save_checkpoint
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trqam, "save_checkpoint", save_and_end)
