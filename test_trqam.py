@@ -1596,7 +1596,7 @@ def test_readme_acts_with_a_trained_policy(finished):
     """Its lines load a checkpoint and act for an observation `obs`."""
     shutil.copytree(finished, RUN)
     readme = SCRIPT.with_name("README.md").read_text()
-    names = {"obs": np.zeros(28)}
+    names = {"trqam": trqam, "obs": np.zeros(28)}
     exec(re.search("```python\n([^`]*load_agent[^`]*)```", readme)[1], names)
     assert names["actions"].shape == (5, 5) and np.abs(names["actions"]).max() <= 1
 

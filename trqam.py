@@ -90,7 +90,7 @@ def schedule(K: int, x: Tensor) -> tuple[Tensor, Tensor]:
         g_k² = 2 (1 − t_k + h)/(t_k + h),  h = 1/K
 
     The continuous one is g² = 2(1 − t)/t; the shift by h keeps it finite (authors' code). Both
-    broadcast over x (B, …). All functions take K from a path's length, so give them whole paths.
+    broadcast over x (B, …). Functions of a path take K from its length, so give them whole ones.
     """
     if K < 2:
         raise ValueError(f"expected K >= 2 flow steps, got {K}")
@@ -641,7 +641,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     gamma: float = 0.995  # discount γ per environment step
     rho: float = 0.5  # pessimism ρ: targets are mean − ρ std over the critics
     critic_start: float = 0.0  # Q of untrained critics: the bias of their last layer
-    tau: float = 0.005  # Polyak rate of the target critic and of the base flow
+    tau: float = 0.005  # Polyak rate of the target critic and of v_base
 
     # flow and trust region ------------------------------------------------------------
 
@@ -1208,8 +1208,8 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
-    On Linux several workers play on the CPU; one, and others elsewhere, on the agent's device. On
-    the CPU an episode does not depend on their number. Raises ChildProcessError.
+    On Linux several workers play on the CPU; else this process plays, on the agent's device. On the
+    CPU an episode does not depend on their number. Raises ChildProcessError.
     """
     workers = agent.cfg.workers
     if workers > 1 and sys.platform == "linux":
