@@ -57,7 +57,7 @@ def draw(axes, folders: list[Path]) -> None:
             ax.plot(common, mean, color=color, linewidth=2.2, label=label)
         ax.set_title(f"{task_of(folders[0])}: {title}", fontsize=11)
     budget = curve(folders[0], "train.csv", "kl_budget")
-    axes[0].set_ylim(0, 104)
+    axes[0].set_ylim(-2, 104)
     axes[1].plot(list(budget), list(budget.values()), "k--", linewidth=1.2)
     axes[1].set_ylim(0)
     axes[2].set_yscale("log")
