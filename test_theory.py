@@ -2361,31 +2361,53 @@ def test_first_aid_finds_nothing_in_our_agent(patient):
     assert trqam.first_aid(v_fine, v_base, learning, 0 * x_1, x_1, t) > 0
 
 
-def moved(inputs, device):
-    return [{name: x.to(device).double() for name, x in part.items()} for part in inputs]
+GPU = pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
 
 
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
+def agent_on(device, dtype, **changes):
+    cfg = dataclasses.replace(trqam.Config(), width=16, chunk=2, device=device, **changes)
+    agent = trqam.Agent(cfg, 3, 2).to(dtype)
+    agent.start_fine_tuning()
+    return agent
+
+
+def inputs_of(agent, s):
+    """Batch and random numbers of update s, on the agent's device."""
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(s))
+    batch = {"obs": normal(9, 3), "next_obs": normal(9, 3), "actions": normal(9, 4).tanh()}
+    batch |= {"rewards": normal(9), "masks": normal(9).sign().relu()}
+    noise = agent.draw_noise(9, torch.Generator().manual_seed(s))
+    return [{name: x.to(agent.dual) for name, x in part.items()} for part in (batch, noise)]
+
+
+@GPU
 @pytest.mark.parametrize("change", [{}, {"frozen_base": True, "fixed_lambda": 2.0}])
 def test_updates_on_a_gpu_are_those_on_the_cpu(change):
     """Kernel by kernel and captured, of other batches than the captured one too."""
-    agents = []
-    for device in ("cpu", "cuda", "cuda"):
-        cfg = dataclasses.replace(trqam.Config(), width=16, chunk=2, device=device, **change)
-        agents.append(trqam.Agent(cfg, 3, 2).double())
-        agents[-1].start_fine_tuning()
-    agent, kernels, captured = agents
-    updates = (kernels.update, trqam.CapturedUpdate(captured))
+    devices = ("cpu", "cuda", "cuda")
+    agent, kernels, captured = (agent_on(device, torch.float64, **change) for device in devices)
+    captured_update = trqam.CapturedUpdate(captured.update)
     for s in range(8):
-        normal = partial(torch.randn, generator=torch.Generator().manual_seed(s))
-        batch = {"obs": normal(9, 3), "next_obs": normal(9, 3), "actions": normal(9, 4).tanh()}
-        batch |= {"rewards": normal(9), "masks": normal(9).sign().relu()}
-        inputs = (batch, agent.draw_noise(9, torch.Generator().manual_seed(s)))
-        expected = agent.update(*moved(inputs, "cpu"))
-        for update in updates:
-            got = update(*moved(inputs, DEVICE))
+        expected = agent.update(*inputs_of(agent, s))
+        for other, update in ((kernels, kernels.update), (captured, captured_update)):
+            got = update(*inputs_of(other, s))
             for name, value in expected.items():  # 1 − β₂^t of Adam is in float32 there
                 assert got[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
+
+
+@GPU
+def test_compiled_updates_on_a_gpu_are_those_kernel_by_kernel():
+    """As a CUDA graph, to 1e-5 over 50 of them."""
+    kernels, compiled = (agent_on("cuda", torch.float32, compile=x) for x in (False, True))
+    update = trqam.fast_update(compiled)
+    assert update.update != compiled.update  # there is a compiler
+    for s in range(50):
+        expected = kernels.update(*inputs_of(kernels, s))
+        got = update(*inputs_of(compiled, s))
+        for name, value in expected.items():
+            assert got[name].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-5), name
+    for ours, theirs in zip(compiled.parameters(), kernels.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------ the design

@@ -360,14 +360,14 @@ def test_compiled_updates_are_the_eager_ones():
 
 
 def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
-    """And one line says why; so they do, without a line, where it is not set or not on a CPU."""
+    """And one line says why; so they do, without a line, where it is not set."""
     monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
     agent = golden_agent(compile=True)
     assert trqam.fast_update(agent) == agent.update
     reason = "for want of a C++ compiler or torch 2.8: RuntimeError('no g++\\nand so on')"
     assert capsys.readouterr().out == f"not compiled, {reason}\n"
-    for other in (golden_agent(), agent.to("meta")):
-        assert trqam.fast_update(other) == other.update
+    other = golden_agent()
+    assert trqam.fast_update(other) == other.update
     assert capsys.readouterr().out == ""
 
 
@@ -386,6 +386,18 @@ def test_updates_write_in_place():
     before = places()
     agent.update(*golden_inputs(SMALL, 2))
     assert places() == before
+
+
+def test_updates_are_compiled_as_set_and_captured_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.CUDAGraph", MagicMock)
+    monkeypatch.setattr(trqam, "compiled", lambda agent: "compiled")
+    for device, asked in itertools.product(("cpu", "cuda:1", "mps"), (True, False)):
+        agent = MagicMock(cfg=replace(SMALL, compile=asked), update="as it is")
+        agent.dual = MagicMock(is_cuda=device == "cuda:1", device=torch.device(device))
+        update = trqam.fast_update(agent)
+        assert isinstance(update, trqam.CapturedUpdate) == (device == "cuda:1")
+        inner = getattr(update, "update", update)
+        assert inner == ("compiled" if asked and device != "mps" else "as it is")
 
 
 def test_captured_updates_take_new_batches(monkeypatch):
@@ -408,7 +420,7 @@ def test_captured_updates_take_new_batches(monkeypatch):
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", recording)
     monkeypatch.setattr("torch.cuda.device", lambda _: contextlib.nullcontext())
-    update = trqam.CapturedUpdate(agent)
+    update = trqam.CapturedUpdate(agent.update)
     for s in range(6):
         expected = plain.update(*golden_inputs(SMALL, s))
         assert_close(update(*golden_inputs(SMALL, s)), expected, rtol=0, atol=0)
@@ -423,9 +435,9 @@ def test_theory_holds_on_the_gpu():
 
 @GPU
 def test_runs_on_the_gpu():
-    """Through all phases, and on the CPU in between; Adam's moments move with them."""
+    """Through all phases, the end compiled, on the CPU in between; Adam's moments move along."""
     flags = f"{TINY} --offline-steps 10".replace("--device cpu", "--device cuda")
-    back = f"--resume --offline-steps 20 {ONLINE} --device cuda"
+    back = f"--resume --offline-steps 20 {ONLINE} --device cuda --compile"
     for text in (flags, "--resume --offline-steps 15 --device cpu", back):
         argv = [sys.executable, SCRIPT, *text.split()]
         subprocess.run(argv, env=SEES_THE_GPU | {"HOME": os.environ["HOME"]}, check=True)
@@ -534,12 +546,17 @@ def test_a_domain_has_the_settings_of_the_papers_table(row):
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_device_and_scale_are_by_what_there_is(monkeypatch, cuda):
-    """CUDA and the paper's scale where there is CUDA, else CPU and the laptop's; or as asked."""
+    """CUDA and the paper's scale where there is CUDA, else CPU and the laptop's; or as asked.
+
+    Only the laptop's scale on a CPU is compiled.
+    """
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.empty", lambda *_, **__: None)  # as if the device were there
     cfg = configure("")
     assert f"{cfg.device} {cfg.width}" == ("cuda 512" if cuda else "cpu 256")
     assert configure("--device cpu").width == 256
+    assert cfg.compile == configure("--scale laptop").compile == (not cuda)
+    assert not configure("--scale paper --device cpu").compile
 
 
 RANGES = """

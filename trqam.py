@@ -349,6 +349,7 @@ def first_aid(
 import copy
 import csv
 import ctypes
+import gc
 import hashlib
 import http.client
 import importlib.metadata
@@ -570,14 +571,14 @@ class Agent(nn.Module):
 
 
 class CapturedUpdate:
-    """`Agent.update` on a GPU as one CUDA graph, instead of some 1,000 kernels one by one.
+    """An update on a GPU as one CUDA graph, instead of some 1,000 kernels one by one.
 
     The fourth call is recorded: its agent, networks, Adam and settings are those of all later ones,
     and its tensors are overwritten by theirs, which have the same shapes.
     """
 
-    def __init__(self, agent: Agent):
-        self.agent = agent
+    def __init__(self, update: Callable):
+        self.update = update  # `Agent.update`, or compiled
         self.calls = 0
         self.graph = torch.cuda.CUDAGraph()
 
@@ -585,11 +586,12 @@ class CapturedUpdate:
         """Like `Agent.update`; the next call overwrites the metrics."""
         self.calls += 1
         if self.calls <= 3:  # a capture wants everything to have run before
-            return self.agent.update(batch, noise)
+            return self.update(batch, noise)
         if self.calls == 4:
+            gc.collect()  # what compiling left of the graphs of autograd spoils a capture
             self.inputs = (batch, noise)
-            with torch.cuda.device(self.agent.dual.device), torch.cuda.graph(self.graph):
-                self.metrics = self.agent.update(batch, noise)
+            with torch.cuda.device(batch["obs"].device), torch.cuda.graph(self.graph):
+                self.metrics = self.update(batch, noise)
         for own, new in zip(self.inputs, (batch, noise), strict=True):
             for name, x in own.items():
                 x.copy_(new[name])
@@ -616,7 +618,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     run_dir: str | None = None  # folder of the run; none: runs/<env>/seed<n>
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
-    compile: bool = False  # TRQAM's update on a CPU through torch.compile, by a C++ compiler
+    compile: bool = False  # TRQAM's update through torch.compile, by a C++ compiler (CPU, CUDA)
 
     # data -----------------------------------------------------------------------------
 
@@ -709,7 +711,6 @@ LAPTOP = {  # for two cores and less than an hour, data included
     "eval_episodes": 10,
     "log_interval": 250,
     "transitions": 300_000,
-    "compile": True,
 }
 LAPTOP_OF = {  # critic_start: mean reward / (1 − γ)
     "cube-single": {"gamma": 0.99, "offline_steps": 8_000},
@@ -1422,13 +1423,9 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
             yield transition["terminals"]
 
 
-def fast_update(agent: Agent) -> Callable:
-    """`Agent.update` as a CUDA graph, or on a CPU, where it is set, through torch.compile."""
+def compiled(agent: Agent) -> Callable:
+    """`Agent.update` through torch.compile, or as it is, with a line that says why."""
     global pull_back
-    if agent.dual.is_cuda:
-        return CapturedUpdate(agent)
-    if not agent.cfg.compile or agent.dual.device.type != "cpu":
-        return agent.update
     options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
     try:
         torch.compile(F.gelu, options=options)(agent.dual)
@@ -1440,6 +1437,14 @@ def fast_update(agent: Agent) -> Callable:
     Agent.descend = torch.compiler.disable(Agent.descend)  # type: ignore[method-assign]
     pull_back = torch.compiler.disable(pull_back, recursive=False)  # else traced anew on torch 2.15
     return torch.compile(agent.update, options=options)
+
+
+def fast_update(agent: Agent) -> Callable:
+    """`Agent.update`, compiled where it is set, and on a GPU as a CUDA graph."""
+    update = agent.update
+    if agent.cfg.compile and agent.dual.device.type in ("cpu", "cuda"):
+        update = compiled(agent)
+    return CapturedUpdate(update) if agent.dual.is_cuda else update
 
 
 def train(cfg: Config) -> None:
@@ -1565,6 +1570,8 @@ def parse(args: list[str]) -> Config:
         default = Config(**saved["config"] | {"run_dir": cfg.run_dir})
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
+        if cfg.scale == "laptop" and cfg.device == "cpu":
+            default = replace(default, compile=True)  # a GPU saves its minute in 80k such updates
         if cfg.pretrained:
             default = replace(default, pretrain_steps=0, **flow_sizes(cfg.pretrained))
     about = __doc__.split("\n    obs ")[0]
