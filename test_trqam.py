@@ -364,7 +364,7 @@ def test_without_a_compiler_updates_stay_eager(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", MagicMock(side_effect=RuntimeError("no g++\nand so on")))
     agent = golden_agent(compile=True)
     assert trqam.fast_update(agent) == agent.update
-    reason = "for want of a C++ compiler or torch 2.8: RuntimeError('no g++\\nand so on')"
+    reason = "for want of a compiler or torch 2.8: RuntimeError('no g++\\nand so on')"
     assert capsys.readouterr().out == f"not compiled, {reason}\n"
     other = golden_agent()
     assert trqam.fast_update(other) == other.update
@@ -390,7 +390,7 @@ def test_updates_write_in_place():
 
 def test_updates_are_compiled_as_set_and_captured_on_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.CUDAGraph", MagicMock)
-    monkeypatch.setattr(trqam, "compiled", lambda agent: "compiled")
+    monkeypatch.setattr(trqam, "compile_update", lambda agent: "compiled")
     for device, asked in itertools.product(("cpu", "cuda:1", "mps"), (True, False)):
         agent = MagicMock(cfg=replace(SMALL, compile=asked), update="as it is")
         agent.dual = MagicMock(is_cuda=device == "cuda:1", device=torch.device(device))
@@ -440,7 +440,9 @@ def test_runs_on_the_gpu():
     back = f"--resume --offline-steps 20 {ONLINE} --device cuda --compile"
     for text in (flags, "--resume --offline-steps 15 --device cpu", back):
         argv = [sys.executable, SCRIPT, *text.split()]
-        subprocess.run(argv, env=SEES_THE_GPU | {"HOME": os.environ["HOME"]}, check=True)
+        env = SEES_THE_GPU | {"HOME": os.environ["HOME"]}
+        out = subprocess.run(argv, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert "will be compiled" in out
     assert checkpoint_of(RUN)["progress"]["step"] == 100
 
 
@@ -556,6 +558,7 @@ def test_device_and_scale_are_by_what_there_is(monkeypatch, cuda):
     assert f"{cfg.device} {cfg.width}" == ("cuda 512" if cuda else "cpu 256")
     assert configure("--device cpu").width == 256
     assert cfg.compile == configure("--scale laptop").compile == (not cuda)
+    assert configure("--scale laptop --device cpu").compile
     assert not configure("--scale paper --device cpu").compile
 
 

@@ -588,7 +588,7 @@ class CapturedUpdate:
         if self.calls <= 3:  # a capture wants everything to have run before
             return self.update(batch, noise)
         if self.calls == 4:
-            gc.collect()  # what compiling left of the graphs of autograd spoils a capture
+            gc.collect()  # of nodes of autograd which compiling left: they break a capture
             self.inputs = (batch, noise)
             with torch.cuda.device(batch["obs"].device), torch.cuda.graph(self.graph):
                 self.metrics = self.update(batch, noise)
@@ -618,7 +618,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
     run_dir: str | None = None  # folder of the run; none: runs/<env>/seed<n>
     resume: bool = False  # go on from the run's checkpoint, if there is one, by its settings
     eval_only: bool = False  # only evaluate the run's checkpoint on --final-episodes episodes
-    compile: bool = False  # TRQAM's update through torch.compile, by a C++ compiler (CPU, CUDA)
+    compile: bool = False  # TRQAM's update: by a C++ compiler, with CUDA by Triton
 
     # data -----------------------------------------------------------------------------
 
@@ -1423,14 +1423,14 @@ def explore(agent: Agent, buffer: ReplayBuffer, progress: Progress) -> Iterator[
             yield transition["terminals"]
 
 
-def compiled(agent: Agent) -> Callable:
+def compile_update(agent: Agent) -> Callable:
     """`Agent.update` through torch.compile, or as it is, with a line that says why."""
     global pull_back
     options: dict = {"cpp.use_decompose_tanh": True}  # GELU's tanh by exp: 1e-7 off, and faster
     try:
         torch.compile(F.gelu, options=options)(agent.dual)
     except Exception as error:  # torch raises many kinds
-        say(f"not compiled, for want of a C++ compiler or torch 2.8: {error!r:.200}")
+        say(f"not compiled, for want of a compiler or torch 2.8: {error!r:.200}")
         return agent.update
     say("TRQAM's first update will be compiled, which takes a minute")
     # a traced Adam is 3e-5 off
@@ -1443,7 +1443,7 @@ def fast_update(agent: Agent) -> Callable:
     """`Agent.update`, compiled where it is set, and on a GPU as a CUDA graph."""
     update = agent.update
     if agent.cfg.compile and agent.dual.device.type in ("cpu", "cuda"):
-        update = compiled(agent)
+        update = compile_update(agent)
     return CapturedUpdate(update) if agent.dual.is_cuda else update
 
 
@@ -1570,8 +1570,8 @@ def parse(args: list[str]) -> Config:
         default = Config(**saved["config"] | {"run_dir": cfg.run_dir})
     else:
         default = Config(**presets(domain_of(cfg.env), cfg.scale))
-        if cfg.scale == "laptop" and cfg.device == "cpu":
-            default = replace(default, compile=True)  # a GPU saves its minute in 80k such updates
+        if cfg.scale == "laptop" and cfg.device.startswith("cpu"):
+            default = replace(default, compile=True)  # on a GPU it pays from 90k such updates on
         if cfg.pretrained:
             default = replace(default, pretrain_steps=0, **flow_sizes(cfg.pretrained))
     about = __doc__.split("\n    obs ")[0]
