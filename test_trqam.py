@@ -520,7 +520,7 @@ LAPTOPS_FLAGS = """
 --eval-episodes 10 --log-interval 250 --transitions 300000 --compile
 """
 LAPTOPS_FLAGS_OF = {
-    "cube-single": "--gamma 0.99 --offline-steps 8000",
+    "cube-single": "--gamma 0.99 --critics 5 --pretrain-steps 60000 --offline-steps 8000",
     "cube-double": "--critic-start -387",
     "scene": "--critic-start -635",
     "puzzle-3x3": "--critic-start -898",
