@@ -522,7 +522,7 @@ LAPTOPS_FLAGS = """
 LAPTOPS_FLAGS_OF = {
     "cube-single": "--gamma 0.99 --critics 5 --pretrain-steps 60000 --offline-steps 8000",
     "cube-double": "--critic-start -387",
-    "scene": "--critic-start -635",
+    "scene": "--critic-start -635 --critics 5 --pretrain-steps 60000",
     "puzzle-3x3": "--critic-start -898",
 }
 

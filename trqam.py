@@ -715,7 +715,7 @@ LAPTOP = {  # for two cores and less than an hour, data included
 LAPTOP_OF = {  # critic_start: mean reward / (1 − γ)
     "cube-single": {"gamma": 0.99, "critics": 5, "pretrain_steps": 60_000, "offline_steps": 8_000},
     "cube-double": {"critic_start": -387.0},
-    "scene": {"critic_start": -635.0},
+    "scene": {"critic_start": -635.0, "critics": 5, "pretrain_steps": 60_000},
     "puzzle-3x3": {"critic_start": -898.0},
 }
 
