@@ -902,6 +902,17 @@ def test_evaluation_averages_the_episodes(workers):
     )
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there workers are not forked")
+def test_evaluation_takes_a_thread_a_worker(monkeypatch):
+    """By one worker, too: with more threads its products, and so its episodes, are others."""
+    agent = trqam.Agent(replace(SMALL, workers=1), 28, 5)
+    monkeypatch.setattr(trqam, "play_out", lambda *_: (1.0, 0.0, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    result = trqam.evaluate(agent, Corridor(), 3, trqam.FINAL)
+    torch.set_num_threads(1)
+    assert result["mean_length"] == 1
+
+
 def test_evaluation_forks_on_linux_alone(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(trqam, "by_workers", None)

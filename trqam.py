@@ -228,7 +228,7 @@ def path_kl(gap: Tensor) -> Tensor:
     """
     K = len(gap)
     _, g = schedule(K, gap[0])
-    return (2 / K * gap.square() / g.square()).flatten(2).sum((0, 2))
+    return 2 / K * squared_norm(gap / g)
 
 
 def closed_form_kl(adjoint: Tensor, lam: Tensor | float) -> Tensor:
@@ -431,7 +431,7 @@ class Agent(nn.Module):
 
     `base` learns by cloning and its Polyak copy `target_base` is v_base; `policy` is v_ft;
     `target_critic` is the Polyak copy of `critic`. λ, the KL average and all metrics are tensors
-    on the device; no update waits for it. `cfg` is the `Config` of the next section.
+    on the device; no update reads them back. `cfg` is the `Config` of the next section.
     """
 
     def __init__(self, cfg: Config, obs_dim: int, action_dim: int):
@@ -461,10 +461,7 @@ class Agent(nn.Module):
         """v_base and v_ft start from the pretrained flow."""
         self.target_base = copy.deepcopy(self.base).requires_grad_(False)
         self.policy = copy.deepcopy(self.base)
-        if self.cfg.frozen_base:
-            self.learn(self.critic, self.policy)
-        else:
-            self.learn(self.base, self.critic, self.policy)
+        self.learn(self.base, self.critic, self.policy)  # a frozen base gets no gradient
 
     def draw_noise(self, B: int, generator: torch.Generator) -> dict:
         """All random numbers of one update, so that the update itself is deterministic."""
@@ -635,7 +632,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     width: int = 512  # hidden width of all networks; with --pretrained the flow's
     layers: int = 4  # hidden layers of all networks; with --pretrained the flow's
-    flow_layer_norm: bool = False  # LayerNorm in the flows; the critics always have it
+    flow_layer_norm: bool = False  # in the flows, too; with --pretrained the flow's
 
     # critic ---------------------------------------------------------------------------
 
@@ -1151,7 +1148,7 @@ def load_data(cfg: Config) -> tuple:
     data, held_out = read_set(cfg.env, env, paths[0])
     digest = hashlib.sha256()
     for array in [*data.values(), *held_out.values()]:
-        digest.update(array.tobytes())
+        digest.update(array)
     for path in paths[1:]:
         digest.update(f"{path.name} {path.stat().st_size}".encode())
     facts = {
@@ -1209,13 +1206,12 @@ def play_out(agent: Agent, env: gymnasium.Env, stream: int, i: int) -> tuple:
 def evaluate(agent: Agent, env: gymnasium.Env, episodes: int, stream: int) -> dict:
     """Success at the end of seeded episodes with its standard error, mean return and length.
 
-    On Linux several workers play on the CPU; else this process plays, on the agent's device. On the
-    CPU an episode does not depend on their number. Raises ChildProcessError.
+    On Linux worker processes play, on the CPU, and an episode does not depend on their number; else
+    this process plays, on the agent's device. Raises ChildProcessError.
     """
-    workers = agent.cfg.workers
-    if workers > 1 and sys.platform == "linux":
+    if sys.platform == "linux":
         function = partial(play_out, copy.deepcopy(agent).to("cpu"), env, stream)
-        results = list(by_workers(function, range(episodes), workers))
+        results = list(by_workers(function, range(episodes), agent.cfg.workers))
     else:
         results = [play_out(agent, env, stream, i) for i in range(episodes)]
     success, mean_return, mean_length = np.mean(results, 0).tolist()
@@ -1558,7 +1554,7 @@ def report_changes(saved: dict, cfg: Config) -> None:
 
 
 def parse(args: list[str]) -> Config:
-    """Settings: flag > sizes of --pretrained > laptop scale > domain > paper; or flag > checkpoint.
+    """Settings: flag > sizes of --pretrained > laptop > paper, domain first; or flag > checkpoint.
 
     Raises ValueError, FileExistsError, OSError; SystemExit where tyro finds the call wrong.
     """
