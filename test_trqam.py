@@ -956,6 +956,7 @@ def test_which_episodes_are_played(played, monkeypatch, capsys):
 
     The checkpoint is of the run's end, which cuts the last episode; --eval-only changes nothing.
     """
+    monkeypatch.setattr(trqam, "by_workers", lambda function, jobs, _: map(function, jobs))
     text = "--pretrain-steps 4 --offline-steps 4 --online-steps 20 --online-start 5"
     cfg = tiny(f"{text} --task 1 --eval-interval 3 --eval-episodes 2 --final-episodes 3")
     trqam.train(cfg)
@@ -1303,7 +1304,8 @@ def test_parts_of_a_dataset_are_taken_in_turn(parts, updates, monkeypatch):
     of_parts = [{x for x in values if x >= 10} for values in seen]
     assert of_parts == [{10 + step // 5 % 3} for step in [*range(11), *range(23, 31)]]
     assert min(set.union(*seen)) == 0
-    assert reader.call_count == 1
+    functions = [call.args[0].func for call in reader.call_args_list]
+    assert functions.count(trqam.read_part) == 1
 
 
 def test_parts_belong_to_the_data_of_a_run(parts):
