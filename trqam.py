@@ -461,7 +461,10 @@ class Agent(nn.Module):
         """v_base and v_ft start from the pretrained flow."""
         self.target_base = copy.deepcopy(self.base).requires_grad_(False)
         self.policy = copy.deepcopy(self.base)
-        self.learn(self.base, self.critic, self.policy)  # a frozen base gets no gradient
+        if self.cfg.frozen_base:
+            self.learn(self.critic, self.policy)
+        else:
+            self.learn(self.base, self.critic, self.policy)
 
     def draw_noise(self, B: int, generator: torch.Generator) -> dict:
         """All random numbers of one update, so that the update itself is deterministic."""
@@ -632,7 +635,7 @@ class Config:  # the defaults are the paper's; `presets` adapts them to domain a
 
     width: int = 512  # hidden width of all networks; with --pretrained the flow's
     layers: int = 4  # hidden layers of all networks; with --pretrained the flow's
-    flow_layer_norm: bool = False  # in the flows, too; with --pretrained the flow's
+    flow_layer_norm: bool = False  # in the flows as in the critics; with --pretrained the flow's
 
     # critic ---------------------------------------------------------------------------
 
